@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. Options:
+#   PYTHON=python3.12     the interpreter that makes .venv (3.11 or newer)
+#   TORCH_INDEX=url       take torch from this package index first, e.g. one with CPU-only wheels
+#   PYTEST_ARGS="-k text" handed on to pytest
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Idle OpenMP threads sleep instead of spinning: on few cores spinning takes time from the data loader.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help quickstart test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# One environment and one stamp for all targets, so that `make -j quickstart test` installs once.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing into .venv, a minute or more ..."
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch -c constraints.txt --index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,dev]"
+	@touch $@
+
+quickstart: $(STAMP) ## install, then compare IDs with text on the embedded data
+	$(BIN)/llmrec evaluate eval/quickstart.yaml
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy llmrec
+
+test: lint ## install, lint, type-check and run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP) ## speed and memory, ours against plain references
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove the environment and everything built; data/ and runs/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

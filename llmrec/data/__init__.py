@@ -1,0 +1,1 @@
+"""From files to interactions, catalogue, split and cases; numpy throughout, no torch."""

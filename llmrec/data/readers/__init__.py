@@ -1,0 +1,68 @@
+"""Files to data sets. A new format is a module with `read(path, config)` and a line in READERS."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmrec.data.columns import assemble
+from llmrec.data.interactions import Dataset
+from llmrec.data.item_text import load_template
+from llmrec.data.readers import recbole, table
+from llmrec.data.readers.config import DataConfig
+from llmrec.data.simulated import simulate
+from llmrec.options import UsageError, nearest
+
+__all__ = ["READERS", "DataConfig", "data_root", "find_source", "load_dataset"]
+
+READERS = {"table": table.read, "recbole": recbole.read}
+
+
+def data_root() -> Path:
+    """Where data sets are looked for by name: LLMREC_DATA, else data/."""
+    return Path(os.environ.get("LLMREC_DATA") or "data")
+
+
+def find_source(source: str) -> Path:
+    """The folder or file a `data.source` means: as it stands, else under the data root.
+
+    Raises:
+        UsageError: If it is in neither place; the message lists what the data root holds.
+    """
+    root = data_root()
+    for path in (Path(source).expanduser(), root / source):
+        if source and path.exists():
+            return path
+    names = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+    held = nearest(source, names) if names else "it holds nothing."
+    raise UsageError(
+        f"data.source={source} is neither in the working directory nor under the data root "
+        f"{root} (set LLMREC_DATA to change it); {held}"
+    )
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Read, order, filter and render one data set.
+
+    `Dataset.counts` tells everything that was dropped or repaired on the way.
+
+    Raises:
+        UsageError: If the data or an option is wrong; one sentence with the way out.
+    """
+    template = load_template(config.item_text)
+    if config.source == "simulated":
+        name, columns = "simulated", simulate(config.simulated)
+    else:
+        path = find_source(config.source)
+        name = path.resolve().name if path.is_dir() else path.stem
+        columns = READERS[_format(path, config)](path, config)
+    limit = config.max_user_interactions
+    maximum = None if isinstance(limit, str) else limit
+    return assemble(name, columns, template, config.min_user_interactions, maximum)
+
+
+def _format(path: Path, config: DataConfig) -> str:
+    if config.format != "auto":
+        return config.format
+    atomic = path.suffix == ".inter" or (path.is_dir() and any(path.glob("*.inter")))
+    return "recbole" if atomic else "table"

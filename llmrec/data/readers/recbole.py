@@ -1,0 +1,45 @@
+"""RecBole's atomic files: name.inter and name.item, tab separated, headers like user_id:token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data.columns import Columns
+from llmrec.data.readers.config import DataConfig
+from llmrec.data.readers.frames import columns_of, read_text_table
+from llmrec.options import UsageError
+
+_TYPES = {"token", "token_seq", "float", "float_seq"}
+
+
+def read(path: Path, config: DataConfig) -> Columns:
+    """Read the one .inter file of a folder, or a given one, and the .item file of the same name."""
+    if path.is_dir():
+        found = sorted(path.glob("*.inter"))
+        if len(found) != 1:
+            names = ", ".join(entry.name for entry in found or sorted(path.iterdir())) or "nothing"
+            raise UsageError(
+                f"data.source: {path} must hold exactly one .inter file for data.format=recbole "
+                f"(it holds {names}); name one file itself as data.source."
+            )
+        path = found[0]
+    items = path.with_suffix(".item")
+    described = (items, _atomic(items)) if items.is_file() else None
+    return columns_of((path, _atomic(path)), described, config)
+
+
+def _atomic(path: Path) -> pl.DataFrame:
+    # No quoting in atomic files: a title may begin with a quotation mark and mean it.
+    frame = read_text_table(path, "\t", quote=None)
+    renamed = {}
+    for header in frame.columns:
+        name, _, kind = header.rpartition(":")
+        if not name or kind not in _TYPES:
+            raise UsageError(
+                f"{path} has the column header {header!r}; atomic files (data.format=recbole) name "
+                f"each column with its type, like user_id:token ({', '.join(sorted(_TYPES))})."
+            )
+        renamed[header] = name
+    return frame.rename(renamed)

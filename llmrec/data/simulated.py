@@ -1,0 +1,288 @@
+"""A simulated shop: a second's worth of made-up items and visitors for first steps and tests.
+
+It is not data, and nothing found on it is a finding; every report says `simulated`. Three things
+decide a visitor's next item: the kind of thing recent items were, which their titles tell; links
+from an item to two fixed others, which no title tells; and popularity. So reading titles and
+knowing items by their number each see something the other does not.
+
+The output is frozen by a hash in the tests. Nobody tunes it to the models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import capwords
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from llmrec.data.columns import Columns
+from llmrec.data.interactions import Int64
+from llmrec.options import UsageError
+
+# Topic: its department, then kinds separated by ";", each the words its titles are built from.
+_TOPICS = {
+    "camping": "gear; tent, tarp, bivy shelter; sleeping bag, camp quilt, sleeping pad; camp "
+    "stove, mess kit, water filter",
+    "cycling": "gear; road bike tyre, inner tube, wheelset; cycling jersey, bib shorts, bike "
+    "helmet; bike light, bike lock, pannier bag",
+    "kitchen knives": "gear; chef's knife, paring knife, santoku; whetstone, honing steel, knife "
+    "sharpener; cutting board, knife block, butcher block",
+    "coffee": "gear; espresso machine, portafilter, milk frother; burr grinder, coffee scale, "
+    "bean canister; pour-over dripper, gooseneck kettle, paper filters",
+    "yoga": "gear; yoga mat, yoga towel, mat strap; yoga block, stretching strap, bolster; yoga "
+    "leggings, meditation cushion, grip socks",
+    "fishing": "gear; fly rod, fly reel, fly line; crankbait, soft plastic lure, spinnerbait; "
+    "tackle box, landing net, fishing waders",
+    "painting": "gear; watercolour set, watercolour paper, gouache tubes; oil paint set, "
+    "stretched canvas, easel; sable brush, palette knife, brush cleaner",
+    "guitar": "gear; electric guitar, guitar strings, guitar strap; tube amplifier, distortion "
+    "pedal, reverb pedal; acoustic guitar, capo, fingerpicks",
+    "gardening": "gear; tomato seeds, herb seeds, wildflower seeds; pruning shears, hand trowel, "
+    "garden fork; raised bed, compost bin, watering can",
+    "baby care": "gear; baby stroller, car seat, baby carrier; baby bottle, bottle warmer, "
+    "pacifier; cloth diaper, baby wipes, changing pad",
+    "space opera": "books; starship captain novel, galactic empire saga, fleet battle novel; "
+    "alien contact story, lost colony novel, generation ship story; robot uprising novel, android "
+    "detective story, machine mind thriller",
+    "crime": "books; murder mystery, police procedural, cold case novel; cosy village mystery, "
+    "amateur sleuth novel, country house mystery; courtroom thriller, lawyer drama, jury novel",
+    "romance": "books; regency romance, duke and governess romance, ballroom love story; small "
+    "town romance, second chance love story, bakery romance; office romance, enemies to lovers "
+    "novel, holiday fling novel",
+    "cooking": "books; Italian cookbook, pasta recipes, pizza baking guide; vegan cookbook, "
+    "plant-based recipes, lentil and bean recipes; bread baking book, sourdough guide, cake "
+    "recipes",
+    "history": "books; Roman empire history, ancient Greece history, Egyptian pharaohs history; "
+    "Second World War history, tank battles history, fighter pilots memoir; medieval knights "
+    "history, crusades history, castle builders history",
+    "horror": "films; haunted house film, ghost film, possession film; zombie film, infected "
+    "outbreak film, undead apocalypse film; slasher film, masked killer film, cabin in the woods "
+    "film",
+    "family animation": "films; talking animals cartoon, puppy adventure cartoon, jungle friends "
+    "cartoon; princess musical cartoon, fairy tale cartoon, enchanted castle cartoon; toy heroes "
+    "cartoon, superhero kids cartoon, little robot cartoon",
+    "martial arts": "films; kung fu film, shaolin monk film, dojo revenge film; samurai film, "
+    "ronin sword film, ninja assassin film; boxing drama, cage fighter film, wrestling comeback "
+    "film",
+    "racing games": "games; rally racing game, off-road racing game, dirt bike game; kart racing "
+    "game, party racer game, arcade racer game; formula racing simulator, touring car simulator, "
+    "racing wheel bundle",
+    "role-playing games": "games; dragon quest role-playing game, wizard academy role-playing "
+    "game, dungeon crawler; monster taming game, creature collecting game, pet battle game; "
+    "turn-based tactics game, hex strategy game, fantasy war game",
+}
+_KINDS_PER_TOPIC = 3
+_KIND_COUNT = _KINDS_PER_TOPIC * len(_TOPICS)
+
+# Words that any title may carry: they tell titles apart and say nothing about the topic.
+_BRANDS = (
+    "Alder & Finch, Northway, Brightwell, Corvo, Delmar, Eastgate, Fairholm, Greyline, Hollis, "
+    "Iverson, Juniper Lane, Kestrel, Lowell, Marlowe, Nimbus, Oakhurst, Pemberton, Quill, Redfern, "
+    "Sable, Thornbury, Umber, Vantage, Whitlock, Yarrow, Zephyr"
+).split(", ")
+_ADJECTIVES = (
+    "Classic, Compact, Deluxe, Essential, Golden, Grand, Hidden, Little, Modern, New, Original, "
+    "Perfect, Premium, Quiet, Secret, Silver, Simple, Ultimate, Vintage, Wild"
+).split(", ")
+_DETAILS = (
+    "second edition, limited edition, gift set, blue, black, red, green, large, small, 2-pack, "
+    "volume 1, volume 2, volume 3, special edition, anniversary edition, starter bundle, "
+    "for beginners, for experts, collector's box, travel size"
+).split(", ")
+
+_LONGEST, _SHORTEST = 40, 5  # interactions per visitor
+_START, _YEARS = 1_577_836_800, 2  # 2020-01-01 in Unix seconds
+_DAY = 86_400  # seconds
+
+# Where the next item comes from, in percent.
+_REPEAT, _LINK, _POPULAR = 4, 20, 12  # the remaining 64: the current kind of thing, or its topic
+_SAME_KIND = 80  # of those 64: the very kind; else any kind of the topic
+_DRIFT = 12  # percent of steps at which the visitor turns to another of their interests
+_LATE = 6  # percent of last steps that meet an item nobody met before as anything but a last one
+
+
+@dataclass(frozen=True)
+class SimulatedConfig:
+    """Size and seed of the simulated data."""
+
+    seed: int = 0
+    """Another seed, another shop."""
+    users: int = 3000
+    """Visitors."""
+    items: int = 1500
+    """Items on offer, at least 240; those that nobody meets are dropped."""
+
+
+@dataclass(frozen=True)
+class _Shop:
+    """The items, sorted by kind; row numbers stand for items throughout."""
+
+    kind_start: Int64
+    """First row of each kind, (kinds + 1,)."""
+    weight_sum: Int64
+    """Sum of the popularity weights before each row, (N + 1,). Whole numbers, so that no platform
+    rounds a draw differently."""
+    successors: Int64
+    """(N, 2): the two items that often follow."""
+    late: NDArray[np.bool_]
+    """(N,): items met only at the end of a visitor's sequence."""
+
+
+def simulate(config: SimulatedConfig) -> Columns:
+    """The simulated interactions and items.
+
+    Raises:
+        UsageError: If there are too few items or users for the shop to make sense.
+    """
+    if config.items < 4 * _KIND_COUNT or config.users < 1:
+        raise UsageError(
+            f"data.simulated.items={config.items} and data.simulated.users={config.users}: use at "
+            f"least {4 * _KIND_COUNT} items and 1 user."
+        )
+    rng = np.random.default_rng(config.seed)
+    shop = _shop(rng, config.items)
+    titles, genres = _titles(rng, shop)
+    lengths = _lengths(rng, config.users)
+    visited = _visits(rng, shop, lengths)  # (U, _LONGEST)
+    times = _times(rng, config.users)  # (U, _LONGEST)
+    happened = np.arange(_LONGEST) < lengths[:, None]
+    # Ids are shuffled: neither the topic nor the popularity of an item can be read off its id.
+    item_numbers, user_numbers = rng.permutation(config.items), rng.permutation(config.users)
+    return Columns(
+        users=np.repeat(np.arange(config.users), lengths),
+        items=visited[happened],
+        user_ids=[f"u{number:05d}" for number in user_numbers],
+        item_ids=[f"i{number:05d}" for number in item_numbers],
+        fields={"title": titles, "genres": genres},
+        timestamps=times[happened].astype(np.float64),
+    )
+
+
+def _draw(rng: Generator, low: Int64, high: Int64) -> Int64:
+    """One whole number per row, low <= number < high."""
+    # Through random() rather than integers(): its stream has not changed since the generator was
+    # introduced, and the product is exact enough to be the same everywhere.
+    return low + (rng.random(len(low)) * (high - low)).astype(np.int64)
+
+
+def _percent(rng: Generator, count: int) -> Int64:
+    return (rng.random(count) * 100).astype(np.int64)
+
+
+def _shop(rng: Generator, items: int) -> _Shop:
+    kind = np.sort(np.arange(items) % _KIND_COUNT)
+    kind_start = np.searchsorted(kind, np.arange(_KIND_COUNT + 1)).astype(np.int64)
+    rank = rng.permutation(items)  # 0 is the most popular
+    weight = 1_000_000 // (rank + 30)  # Zipf, with a flattened head
+    late = (_percent(rng, items) < 3) & (rank > 10)
+    late[kind_start[:-1]] = False  # so that every kind has something else
+    weight[late] = 0
+    by_rank = np.argsort(rank)
+    successors = np.empty((items, 2), dtype=np.int64)
+    for column in range(2):
+        # Nearby in popularity, whatever the topic: a link is neither a title nor a best-seller.
+        step = _draw(rng, np.full(items, 1), np.full(items, 31))
+        step *= np.where(rng.random(items) < 0.5, -1, 1)
+        step = np.where((rank + step < 0) | (rank + step >= items), -step, step)
+        successors[:, column] = by_rank[rank + step]
+    # Late items are nobody's successor: the link goes on to that item's own kind's first item.
+    kind_first = kind_start[kind]
+    successors = np.where(late[successors], kind_first[successors], successors)
+    weight_sum = np.concatenate([[0], np.cumsum(weight)]).astype(np.int64)
+    return _Shop(kind_start, weight_sum, successors, late)
+
+
+def _titles(rng: Generator, shop: _Shop) -> tuple[list[str], list[str]]:
+    """(N,) titles and (N,) genres; about 1 in 100 titles empty, 1 in 100 that of its neighbour."""
+    items = len(shop.late)
+    kinds: list[tuple[str, list[str]]] = []  # genres and nouns of each kind
+    for topic, words in _TOPICS.items():
+        department, *groups = words.split("; ")
+        kinds += [(f"{department}|{topic}", group.split(", ")) for group in groups]
+    titles: list[str] = []
+    genres: list[str] = []
+    choices = (rng.random((items, 5)) * 1_000_000).astype(np.int64).tolist()
+    fate = _percent(rng, items)  # 0: no text; 1: the text of the item before
+    for row in range(items):
+        kind = int(np.searchsorted(shop.kind_start, row, side="right")) - 1
+        genre, nouns = kinds[kind]
+        noun, brand, adjective, detail = (
+            words[choice % len(words)]
+            for words, choice in zip(
+                (nouns, _BRANDS, _ADJECTIVES, _DETAILS), choices[row], strict=False
+            )
+        )
+        noun = capwords(noun)
+        title = (
+            f"{brand} {adjective} {noun}, {detail}",
+            f"{adjective} {noun} ({detail}) by {brand}",
+            f"{noun}: {brand} {detail}",
+            f"{brand} {noun} - {adjective}",
+        )[choices[row][4] % 4]
+        if fate[row] == 1 and row > shop.kind_start[kind] and titles[-1]:
+            title = titles[-1]
+        titles.append("" if fate[row] == 0 else title)
+        genres.append("" if fate[row] == 0 else genre)
+    return titles, genres
+
+
+def _lengths(rng: Generator, users: int) -> Int64:
+    """(U,): 5 to 40 interactions, geometric, about 10 on average."""
+    weights = [1_000_000]
+    while len(weights) <= _LONGEST - _SHORTEST:
+        weights.append(weights[-1] * 84 // 100)
+    sums = np.cumsum(weights)
+    places = _draw(rng, np.zeros(users, dtype=np.int64), np.full(users, sums[-1]))
+    return _SHORTEST + np.searchsorted(sums, places, side="right").astype(np.int64)
+
+
+def _popular_in(rng: Generator, shop: _Shop, first: Int64, last: Int64) -> Int64:
+    """An item of each range of rows, first <= item < last, by popularity."""
+    place = _draw(rng, shop.weight_sum[first], shop.weight_sum[last])
+    return (np.searchsorted(shop.weight_sum, place, side="right") - 1).astype(np.int64)
+
+
+def _visits(rng: Generator, shop: _Shop, lengths: Int64) -> Int64:
+    """Item rows met, (U, _LONGEST); entries beyond a visitor's length are never used."""
+    users, items = len(lengths), len(shop.late)
+    rows = np.arange(users)
+    nothing, kinds = np.zeros(users, dtype=np.int64), np.full(users, _KIND_COUNT)
+    interests = np.stack([_draw(rng, nothing, kinds) for _ in range(3)], axis=1)  # (U, 3)
+    interest_count = _draw(rng, nothing + 1, nothing + 4)  # 1, 2 or 3 of them
+    current = interests[:, 0]
+    visited = np.zeros((users, _LONGEST), dtype=np.int64)
+    late_rows = np.flatnonzero(shop.late)
+    for step in range(_LONGEST):
+        turned = interests[rows, _draw(rng, nothing, interest_count)]
+        current = np.where(_percent(rng, users) < _DRIFT, turned, current)
+        same_kind = _percent(rng, users) < _SAME_KIND
+        topic = current - current % _KINDS_PER_TOPIC
+        low = np.where(same_kind, current, topic)
+        high = np.where(same_kind, current + 1, topic + _KINDS_PER_TOPIC)
+        source = _percent(rng, users)
+        popular = (source >= _REPEAT + _LINK) & (source < _REPEAT + _LINK + _POPULAR)
+        first_row = np.where(popular, 0, shop.kind_start[low])
+        last_row = np.where(popular, items, shop.kind_start[high])
+        chosen = _popular_in(rng, shop, first_row, last_row)
+        met = (visited[:, :step] == chosen[:, None]).any(axis=1)
+        # A second look round, so that best-sellers do not come back at every other step.
+        chosen = np.where(met, _popular_in(rng, shop, first_row, last_row), chosen)
+        earlier = visited[rows, _draw(rng, nothing, nothing + max(step, 1))]
+        link = shop.successors[visited[:, step - 1], (_percent(rng, users) >= 60).astype(np.int64)]
+        if step > 0:
+            chosen = np.where(source < _REPEAT, earlier, chosen)
+            chosen = np.where((source >= _REPEAT) & (source < _REPEAT + _LINK), link, chosen)
+        new = late_rows[_draw(rng, nothing, nothing + len(late_rows))] if len(late_rows) else chosen
+        at_end = (step == lengths - 1) & (_percent(rng, users) < _LATE)
+        visited[:, step] = np.where(at_end, new, chosen)
+    return visited
+
+
+def _times(rng: Generator, users: int) -> Int64:
+    """Unix seconds, (U, _LONGEST): visits days apart, and now and then two in one basket."""
+    start = _draw(rng, np.zeros(users, dtype=np.int64), np.full(users, _YEARS * 365 * _DAY))
+    gap = (rng.random((users, _LONGEST)) * 45 * _DAY).astype(np.int64)
+    gap[rng.random((users, _LONGEST)) < 0.05] = 0  # bought together: the same second
+    return _START + start[:, None] + np.cumsum(gap, axis=1)

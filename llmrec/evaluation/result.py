@@ -1,0 +1,291 @@
+"""What a finished run leaves: ``per_user.parquet``, then ``result.json``. Reports read these."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from llmrec import runs
+from llmrec.data.interactions import Cases, Dataset, Int64, Split
+from llmrec.evaluation.metrics import MEASURES, Float64, Measure, Ranking, measure_matrix
+from llmrec.evaluation.significance import bootstrap
+from llmrec.options import UsageError
+
+PER_USER = "per_user.parquet"
+FORMAT = 1
+"""Version of the layout of result.json."""
+PACKAGES = (
+    "llmrec", "torch", "numpy", "polars", "transformers", "tokenizers", "accelerate", "peft",
+    "sentence-transformers", "bitsandbytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the entry point knows about its run."""
+
+    name: str
+    """The run's own name, such as its folder's."""
+    label: str
+    """The row in tables; runs that differ only in seed share it."""
+    seed: int
+    config: Mapping[str, Any]
+    """The resolved config, nested."""
+    data_source: str
+    """Where the data came from: the reader and its file, or ``simulated``."""
+    split: str
+    """leave_one_out, temporal or ratio."""
+    filter_seen: bool | str
+    """True, False or "papers"."""
+    fit_on: str
+    """train or train+valid."""
+    selection: str
+    """The validation measure the checkpoint was chosen by; ``none`` for models without training."""
+    order: str = "timestamp, ties by order in the file"
+    """What sorted each user's interactions."""
+    cost: Mapping[str, float | int | None] = field(default_factory=dict)
+    """train_seconds, encode_seconds, trainable_parameters, flops, peak_memory_bytes and others."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run as numbers: the record of ``result.json`` and a line per test user."""
+
+    record: dict[str, Any]
+    per_user: pl.DataFrame
+    """user_id, target_item_id, greater, equal, candidates, reachable, history_length,
+    target_train_count, and one float64 column per measure; in case order."""
+    folder: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """The row in tables."""
+        return str(self.record["label"])
+
+    @property
+    def seed(self) -> int:
+        """The training seed."""
+        return int(self.record["seed"])
+
+    def values(self, measures: Sequence[Measure]) -> Float64:
+        """Per-user values, (U, M), of any measures and cut-offs, from the stored ranks."""
+        column = self.per_user.get_column
+        ranking = Ranking(
+            greater=column("greater").to_numpy(),
+            equal=column("equal").to_numpy(),
+            candidates=column("candidates").to_numpy(),
+            reachable=column("reachable").to_numpy(),
+            top_items=np.empty((len(self.per_user), 0), dtype=np.int32),
+        )
+        return measure_matrix(ranking, measures)
+
+    def one_line(self) -> str:
+        """The test means in short, for the end of a run."""
+        means = self.record["metrics"]["test"]
+        shown = [name for name in ("HR@10", "NDCG@10") if name in means] or list(means)[:2]
+        values = ", ".join(f"{name} {means[name]['mean']:.4f}" for name in shown)
+        return f"{values} ({self.record['cases']['count']:,} test cases)"
+
+
+def build_result(
+    facts: RunFacts,
+    dataset: Dataset,
+    split: Split,
+    rankings: Mapping[str, Ranking],
+    measures: Sequence[Measure] = MEASURES,
+) -> Result:
+    """Turn rankings into the numbers that are kept.
+
+    Args:
+        facts: What only the entry point knows.
+        dataset: The data, for ids, counts and its fingerprint.
+        split: The cases and candidates that were ranked.
+        rankings: "test", and "valid" where there was one, each in case order.
+        measures: Columns of ``per_user.parquet`` and entries of ``metrics``.
+
+    Raises:
+        UsageError: There is no test case.
+        ValueError: A ranking does not belong to its cases.
+    """
+    for part, ranking in rankings.items():
+        cases = {"test": split.test, "valid": split.valid}[part]
+        if len(ranking) != len(cases):
+            raise ValueError(f"{len(ranking)} ranked {part} cases, but the split has {len(cases)}.")
+    if not len(split.test):
+        raise UsageError(
+            "The split has no test case. Lower the least number of interactions per user, or "
+            "choose other cuts in time."
+        )
+    per_user = _per_user(dataset, split, rankings["test"], measures)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "name": facts.name,
+        "label": facts.label,
+        "seed": facts.seed,
+        "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
+        "protocol": _protocol(facts, split),
+        "data": _data(facts, dataset, split),
+        "cases": {"count": len(split.test), "fingerprint": _fingerprint(per_user)},
+        "config": dict(facts.config),
+        "versions": _versions(),
+        "cost": dict(facts.cost),
+        "environment": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpu_count": os.cpu_count(),
+        },
+    }
+    return Result(json.loads(json.dumps(record)), per_user)
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write both files, each in one step; ``result.json`` last, so that it vouches for both."""
+    buffer = io.BytesIO()
+    result.per_user.write_parquet(buffer)
+    data = buffer.getvalue()
+    runs.write_atomically(folder / PER_USER, data)
+    record = {**result.record, "per_user_sha256": hashlib.sha256(data).hexdigest()}
+    runs.write_json(folder / runs.RESULT, record)
+
+
+def read_result(folder: Path) -> Result:
+    """Read a finished run.
+
+    Raises:
+        UsageError: The folder holds no finished run, or a file of it is damaged.
+    """
+    path = folder / runs.RESULT
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = _REQUIRED - set(record)
+        data = (folder / PER_USER).read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{folder} holds no finished run ({Path(error.filename).name} is missing). "
+            "Name a run folder such as runs/quickstart/SASRec-text-0, or train it to its end."
+        ) from None
+    except NotADirectoryError:
+        raise UsageError(
+            f"{folder} is a file; name the run folder that holds {runs.RESULT}."
+        ) from None
+    except (ValueError, TypeError, AttributeError):
+        raise UsageError(f"{path} is damaged (no whole JSON record). Run it again.") from None
+    if missing:
+        raise UsageError(
+            f"{path} lacks {', '.join(sorted(missing))}. Run it again with this version."
+        )
+    if hashlib.sha256(data).hexdigest() != record["per_user_sha256"]:
+        raise UsageError(
+            f"{folder / PER_USER} is damaged: its sha256 differs from the one in {runs.RESULT}. "
+            "Run it again."
+        )
+    return Result(record, pl.read_parquet(io.BytesIO(data)), folder)
+
+
+_REQUIRED = {
+    "label", "seed", "metrics", "protocol", "data", "cases", "config", "cost", "per_user_sha256",
+}  # fmt: skip
+
+
+def _per_user(
+    dataset: Dataset, split: Split, ranking: Ranking, measures: Sequence[Measure]
+) -> pl.DataFrame:
+    """One line per test case, in case order."""
+    items = dataset.interactions.items
+    targets = items[split.test.target]
+    values = measure_matrix(ranking, measures)
+    columns: dict[str, Any] = {
+        "user_id": [dataset.user_ids[user] for user in split.test.user],
+        "target_item_id": [dataset.catalog.ids[target - 1] for target in targets],
+        "greater": ranking.greater,
+        "equal": ranking.equal,
+        "candidates": ranking.candidates,
+        "reachable": ranking.reachable,
+        "history_length": _history_lengths(dataset, split.test),
+        "target_train_count": _train_counts(dataset, split)[targets],
+    }
+    columns |= {str(measure): values[:, i] for i, measure in enumerate(measures)}
+    return pl.DataFrame(columns)
+
+
+def _history_lengths(dataset: Dataset, cases: Cases) -> Int64:
+    """Visible interactions of each case, (C,)."""
+    return cases.end - dataset.interactions.offsets[cases.user]
+
+
+def _train_counts(dataset: Dataset, split: Split) -> Int64:
+    """How often each item occurs in the users' training parts, (N + 1,)."""
+    interactions = dataset.interactions
+    ends = split.train_end[interactions.users()]
+    trained = interactions.items[np.arange(len(interactions.items)) < ends]
+    return np.bincount(trained, minlength=dataset.item_count + 1)
+
+
+def _metrics(ranking: Ranking, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
+    """Means over users with their intervals, fractions."""
+    intervals = bootstrap(measure_matrix(ranking, measures)[None])
+    return {
+        str(measure): {"mean": i.mean, "low": i.low, "high": i.high}
+        for measure, i in zip(measures, intervals, strict=True)
+    }
+
+
+def _protocol(facts: RunFacts, split: Split) -> dict[str, Any]:
+    """Every rule that moves numbers, with its setting."""
+    return {
+        "order": facts.order,
+        "split": facts.split,
+        "fit_on": facts.fit_on,
+        "candidates": int(split.test_candidates.sum()),
+        "valid_candidates": int(split.valid_candidates.sum()),
+        "filter_seen": facts.filter_seen,
+        "ties": "averaged",
+        "selection": facts.selection,
+        "interval": "95 % bootstrap over users, 2000 resamples",
+    }
+
+
+def _data(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]:
+    """What was read and what became of it."""
+    return {
+        "source": facts.data_source,
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint(),
+        "template_sha256": dataset.catalog.template_sha256,
+        "users": dataset.interactions.user_count,
+        "items": dataset.item_count,
+        "interactions": len(dataset.interactions.items),
+        "counts": {name: int(value) for name, value in {**dataset.counts, **split.counts}.items()},
+    }
+
+
+def _fingerprint(per_user: pl.DataFrame) -> str:
+    """sha256 over user and target ids in case order: equal only for the same questions."""
+    digest = hashlib.sha256()
+    for name in ("user_id", "target_item_id"):
+        for identifier in per_user[name]:
+            encoded = identifier.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of what can move a number; absent packages are left out."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,148 @@
+"""From dataclasses to command line and YAML: a typed config for each entry point, a clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+Config = TypeVar("Config")
+
+
+class UsageError(Exception):
+    """A mistake of the user's: one sentence that names the option and the way out; exit code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a misspelt name: the one it is closest to, else all there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def exit_code(function: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run an entry point; a `UsageError` becomes one line on stderr and exit code 2."""
+    try:
+        return function(argv)
+    except UsageError as error:
+        sys.stderr.write(f"llmrec: {error}\n")
+        return 2
+
+
+def parser_for(
+    config_class: type[Config], prog: str, description: str
+) -> jsonargparse.ArgumentParser:
+    """A parser of ``--config FILE`` and one ``--dotted.option`` for each field of a config dataclass."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def parse(config_class: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
+    """The config that a command line and its YAML files ask for.
+
+    Raises:
+        UsageError: An unknown option (the nearest is named), a wrong value, an unreadable file.
+    """
+    parser = parser_for(config_class, prog, description)
+    known = {"config", "help", *_names(parser.get_defaults().as_dict())}
+    files, rest = _config_files(list(argv))
+    for file in files:
+        for name in _names(_read_yaml(file)):
+            if name not in known:
+                raise UsageError(f"{file} has an unknown option {name}: {nearest(name, known)}")
+    for word in rest:
+        name = word[2:].split("=")[0]
+        if word.startswith("--") and name not in known:
+            raise UsageError(f"unknown option --{name}: {nearest(name, known)}")
+    try:
+        namespace = parser.parse_args([*(f"--config={file}" for file in files), *rest])
+        values = parser.instantiate(namespace)
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise UsageError(_one_sentence(str(error))) from error
+    return config_class(
+        **{key: value for key, value in values.items(branches=True) if key in _top(config_class)}
+    )
+
+
+def as_dict(config: object) -> dict[str, Any]:
+    """A config as plain values, ready for YAML and JSON."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+
+
+def as_yaml(config: object) -> str:
+    """A config as the YAML file that gives it back."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def _top(config_class: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+def _names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of a nested mapping: of its groups and of its leaves."""
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def _config_files(words: list[str]) -> tuple[list[str], list[str]]:
+    """Take ``--config FILE`` out of a command line: files are read first, wherever they stand."""
+    files, rest = [], []
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            if not words:
+                raise UsageError(
+                    "--config needs a file, such as --config configs/tcf/amazon-beauty-2014.yaml."
+                )
+            files.append(words.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"--config {file} cannot be read ({error.strerror}). Shipped ones lie in configs/."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}" if place else ""
+        raise UsageError(
+            f"--config {file} is not YAML{where}. Compare it with the shipped ones in configs/."
+        ) from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"--config {file} holds no options. Compare it with the shipped ones in configs/."
+        )
+    return values
+
+
+def _one_sentence(message: str) -> str:
+    """The parser's several lines as one that names the option, what it got and what it takes."""
+    option = re.search(r'Parser key "([^"]+)"', message)
+    given = re.search(r"(?:Got value|Given value): (.*)", message)
+    wanted = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, flags=re.MULTILINE)
+    if not (option and given and wanted):
+        return " ".join(message.split())
+    readable = [re.sub(r"<class '(\w+)'>", r"\1", want) for want in wanted]
+    readable = [re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", want) for want in readable]
+    return f"--{option[1]} got {given[1]} but takes {' or '.join(readable)}."

@@ -1,0 +1,165 @@
+"""The run folder, and the only writer of artefacts: everything is written under a temporary name and renamed when whole.
+
+runs/NAME/config.yaml               the resolved config
+runs/NAME/journal.jsonl             a line per epoch
+runs/NAME/checkpoints/epoch-007/    model.safetensors and manifest.json, the best epoch's so far
+runs/NAME/per_user.parquet          written after the test evaluation
+runs/NAME/result.json               written last: where it exists, the run is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmrec.options import UsageError
+
+RESULT, CONFIG, JOURNAL, CHECKPOINTS = "result.json", "config.yaml", "journal.jsonl", "checkpoints"
+MANIFEST = "manifest.json"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror or error}). Free some space or name another folder."
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step: a reader sees the old file or the new one, never a part."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, which must not exist yet, when the block ends well.
+
+    On leaving, every file gets its sha256 into ``manifest.json`` (written last), all is forced to the
+    disk, and the folder takes its name. Nothing is ever replaced: a newer checkpoint or shard has a name of
+    its own, and what it makes superfluous is deleted afterwards, so that a whole one exists at every instant.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            hashes = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
+            for file in temporary.iterdir():
+                sync(file)
+            write_json(temporary / MANIFEST, {"sha256": hashes})
+            temporary.chmod(0o755)
+            temporary.rename(path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_folder(path: Path, remedy: str) -> None:
+    """Compare a folder's files with its manifest.
+
+    Raises:
+        UsageError: A file is missing or its bytes have changed; names the file and `remedy`.
+    """
+    manifest = path / MANIFEST
+    try:
+        expected = json.loads(manifest.read_text())["sha256"]
+    except FileNotFoundError:
+        raise UsageError(
+            f"{manifest} is missing, so {path} was not written to its end. {remedy}"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{manifest} is damaged. {remedy}") from None
+    for name, digest in expected.items():
+        if not (path / name).is_file():
+            raise UsageError(f"{path / name} is missing. {remedy}")
+        if sha256_of(path / name) != digest:
+            raise UsageError(
+                f"{path / name} is damaged: its sha256 differs from the manifest's. {remedy}"
+            )
+
+
+def remove_others(path: Path, pattern: str) -> None:
+    """Delete the folders beside `path` that match `pattern`: what a newer one has made superfluous."""
+    for other in path.parent.glob(pattern):
+        if other != path:
+            shutil.rmtree(other)
+
+
+class Journal:
+    """One JSON object a line, appended as things happen."""
+
+    def __init__(self, path: Path) -> None:
+        """Start an empty journal at `path`."""
+        self.path = path
+        write_atomically(path, b"")
+
+    def add(self, **values: Any) -> None:
+        """Append one line and force it to the disk."""
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def open_run(folder: Path, config_yaml: str, overwrite: bool) -> None:
+    """Make the run's folder and write its resolved config.
+
+    Raises:
+        UsageError: The folder holds a finished run, or something that is no run at all.
+    """
+    if (folder / RESULT).exists() and not overwrite:
+        raise UsageError(
+            f"{folder} holds a finished run. Name another with --run.folder or replace it with --run.overwrite true."
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} is not empty and holds no run. Name another folder with --run.folder."
+        )
+    if overwrite:
+        (folder / RESULT).unlink(missing_ok=True)
+    write_atomically(folder / CONFIG, config_yaml.encode())

@@ -1,0 +1,27 @@
+"""Shared fixtures. Tests never reach outside this machine unless marked `network`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the clone."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Real data sets by folder name: LLMREC_DATA, else a shared/data folder beside the clone."""
+    named = os.environ.get("LLMREC_DATA")
+    root = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not root.is_dir():
+        pytest.skip(f"no real data: {root} is not a folder; set LLMREC_DATA to one that holds it")
+    return root

@@ -1,0 +1,90 @@
+"""The simulated data is frozen, and carries the signals it says it carries."""
+
+import re
+
+import numpy as np
+import pytest
+
+from llmrec.data.interactions import Dataset
+from llmrec.data.readers import DataConfig, load_dataset
+from llmrec.data.simulated import SimulatedConfig
+from llmrec.data.splits import SplitConfig, split, training_counts
+from llmrec.options import UsageError
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_dataset(DataConfig())
+
+
+def test_the_output_is_frozen(data: Dataset) -> None:
+    # Never change this to suit a model. A change of the generator moves every quick-start number
+    # and belongs in the changelog.
+    assert data.fingerprint() == "ecf5b5c66035138e1bb1c9fbc850620761df201d8fd03fe3e3e80d1bcb712693"
+
+
+def test_another_seed_gives_another_shop(data: Dataset) -> None:
+    other = load_dataset(DataConfig(simulated=SimulatedConfig(seed=1)))
+    assert other.fingerprint() != data.fingerprint()
+
+
+def test_sizes_are_those_asked_for(data: Dataset) -> None:
+    lengths = data.interactions.lengths
+    assert len(lengths) == 3000
+    assert 1450 < data.item_count <= 1500
+    assert lengths.min() == 5
+    assert lengths.max() <= 40
+    assert 9 < lengths.mean() < 11
+    small = load_dataset(DataConfig(simulated=SimulatedConfig(users=50, items=240)))
+    assert small.interactions.user_count == 50
+
+
+def test_too_few_items_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"data\.simulated\.items=10"):
+        load_dataset(DataConfig(simulated=SimulatedConfig(items=10)))
+
+
+def test_it_has_the_blemishes_of_real_data(data: Dataset) -> None:
+    parts = split(data, SplitConfig())
+    share = {name: number / 3000 for name, number in parts.counts.items()}
+    assert 0.02 < share["test_targets_cold"] < 0.1
+    assert 0.05 < share["test_targets_repeated"] < 0.2
+    assert parts.counts["interactions_tied_in_time"] > 0
+    assert 5 <= data.counts["items_with_empty_text"] <= 30
+    assert data.counts["items_sharing_their_text"] > 10
+
+
+def test_ids_tell_neither_topic_nor_popularity(data: Dataset) -> None:
+    popularity = np.bincount(data.interactions.items, minlength=data.item_count + 1)[1:]
+    assert abs(np.corrcoef(np.arange(data.item_count), popularity)[0, 1]) < 0.1
+
+
+def test_titles_tell_the_topic_and_topics_persist(data: Dataset) -> None:
+    genres = np.array(["", *data.catalog.fields["genres"]])
+    items, users = data.interactions.items, data.interactions.users()
+    together = users[1:] == users[:-1]
+    same = (genres[items[1:]] == genres[items[:-1]])[together].mean()
+    shares = np.unique(genres[items], return_counts=True)[1] / len(items)
+    assert same > 5 * (shares**2).sum()  # chance: both of the same topic
+    nouns = {re.sub(r"\W+", " ", title).split()[1] for title in data.catalog.texts if title}
+    assert len(nouns) > 30
+
+
+def test_links_that_no_title_tells_beat_popularity(data: Dataset) -> None:
+    """What most often followed the last item in training: an untrained first-order Markov chain."""
+    x, parts = data.interactions, split(data, SplitConfig())
+    trained = np.arange(len(x.items)) < np.repeat(parts.train_end, x.lengths)
+    users = x.users()
+    pairs = trained[1:] & (users[1:] == users[:-1])
+    follows = np.zeros((data.item_count + 1, data.item_count + 1))
+    np.add.at(follows, (x.items[:-1][pairs], x.items[1:][pairs]), 1)
+    popularity = training_counts(x, parts.train_end, data.item_count)
+
+    def hits(scores: np.ndarray) -> float:  # (C, N + 1); HR@10, ties in random order
+        target = np.take_along_axis(scores, x.items[parts.test.target][:, None].astype(int), axis=1)
+        greater, equal = (scores > target).sum(axis=1), (scores == target).sum(axis=1) - 1
+        return float(np.clip((10 - greater) / (equal + 1), 0, 1).mean())
+
+    last = x.items[parts.test.end - 1]
+    best_sellers = hits(np.tile(popularity, (len(last), 1)))
+    assert hits(follows[last] + 1e-6 * popularity) > 3 * best_sellers

