@@ -1,4 +1,4 @@
-"""From dataclasses to command line and YAML: a typed config for each entry point, a clear sentence for each mistake."""
+"""From dataclasses to command line and YAML, with a clear sentence for each mistake."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def exit_code(function: Callable[[Sequence[str]], int], argv: Sequence[str]) -> 
 def parser_for(
     config_class: type[Config], prog: str, description: str
 ) -> jsonargparse.ArgumentParser:
-    """A parser of ``--config FILE`` and one ``--dotted.option`` for each field of a config dataclass."""
+    """A parser of ``--config FILE`` and one ``--dotted.option`` for each field of a dataclass."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False
@@ -106,14 +106,23 @@ def _config_files(words: list[str]) -> tuple[list[str], list[str]]:
         if word == "--config":
             if not words:
                 raise UsageError(
-                    "--config needs a file, such as --config configs/tcf/amazon-beauty-2014.yaml."
+                    "--config needs a file, such as --config configs/tcf/ml-100k-temporal.yaml."
                 )
-            files.append(words.pop(0))
+            files.append(_found(words.pop(0)))
         elif word.startswith("--config="):
-            files.append(word.removeprefix("--config="))
+            files.append(_found(word.removeprefix("--config=")))
         else:
             rest.append(word)
     return files, rest
+
+
+def _found(file: str) -> str:
+    """The file itself, or the shipped one that ``configs/...`` names from any folder."""
+    if not Path(file).exists() and file.startswith("configs/"):
+        from llmrec import resources  # which itself needs UsageError from here
+
+        return str(resources.shipped("configs", file.removeprefix("configs/")))
+    return file
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -138,6 +147,9 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def _one_sentence(message: str) -> str:
     """The parser's several lines as one that names the option, what it got and what it takes."""
+    group = re.search(r'Parser key "([^"]+)": Unable to load config', message)
+    if group:
+        return f"--{group[1]} is a group. Set its options one by one; --help lists them."
     option = re.search(r'Parser key "([^"]+)"', message)
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     wanted = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The run folder, and the only writer of artefacts: everything is written under a temporary name and renamed when whole.
+"""The run folder, and the only writer of artefacts: under a temporary name, renamed when whole.
 
 runs/NAME/config.yaml               the resolved config
 runs/NAME/journal.jsonl             a line per epoch
@@ -23,6 +23,8 @@ from llmrec.options import UsageError
 
 RESULT, CONFIG, JOURNAL, CHECKPOINTS = "result.json", "config.yaml", "journal.jsonl", "checkpoints"
 MANIFEST = "manifest.json"
+LEFTOVERS = (RESULT, "*.parquet", f"*{JOURNAL}", CHECKPOINTS, "events.out.tfevents.*")
+"""What a run writes beside its config; the result comes first, for it vouches for the others."""
 
 
 def sha256_of(path: Path) -> str:
@@ -47,12 +49,13 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be written ({error.strerror or error}). Free some space or name another folder."
+            f"{path} cannot be written ({error.strerror or error}). "
+            "Free some space or name another folder."
         ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: a reader sees the old file or the new one, never a part."""
+    """Replace `path` by `data` in one step: a reader sees the old file or the new one, whole."""
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -78,9 +81,10 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, which must not exist yet, when the block ends well.
 
-    On leaving, every file gets its sha256 into ``manifest.json`` (written last), all is forced to the
-    disk, and the folder takes its name. Nothing is ever replaced: a newer checkpoint or shard has a name of
-    its own, and what it makes superfluous is deleted afterwards, so that a whole one exists at every instant.
+    On leaving, every file gets its sha256 into ``manifest.json`` (written last), all is forced to
+    the disk, and the folder takes its name. Nothing is ever replaced: a newer checkpoint or shard
+    has a name of its own, and what it makes superfluous is deleted afterwards, so that a whole one
+    exists at every instant.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def check_folder(path: Path, remedy: str) -> None:
 
 
 def remove_others(path: Path, pattern: str) -> None:
-    """Delete the folders beside `path` that match `pattern`: what a newer one has made superfluous."""
+    """Delete the folders beside `path` that match `pattern`: what a newer one made superfluous."""
     for other in path.parent.glob(pattern):
         if other != path:
             shutil.rmtree(other)
@@ -146,20 +150,34 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def open_run(folder: Path, config_yaml: str, overwrite: bool) -> None:
-    """Make the run's folder and write its resolved config.
+def check_vacant(folder: Path, overwrite: bool) -> None:
+    """Ask, before anything costly, whether a run may be written to `folder`.
 
     Raises:
-        UsageError: The folder holds a finished run, or something that is no run at all.
+        UsageError: It holds a finished run, or something that is no run at all.
     """
     if (folder / RESULT).exists() and not overwrite:
         raise UsageError(
-            f"{folder} holds a finished run. Name another with --run.folder or replace it with --run.overwrite true."
+            f"{folder} holds a finished run. Name another with --run.folder or replace it with "
+            "--run.overwrite true."
         )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file. Name a folder with --run.folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
         raise UsageError(
             f"{folder} is not empty and holds no run. Name another folder with --run.folder."
         )
-    if overwrite:
-        (folder / RESULT).unlink(missing_ok=True)
+
+
+def open_run(folder: Path, config_yaml: str, overwrite: bool) -> None:
+    """Make the run's folder and write its resolved config; what an earlier run left there goes.
+
+    Raises:
+        UsageError: See `check_vacant`; or the folder cannot be written.
+    """
+    check_vacant(folder, overwrite)
+    with _writing(folder):
+        for pattern in LEFTOVERS:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomically(folder / CONFIG, config_yaml.encode())

@@ -1,9 +1,9 @@
 """Train one recommender and score it once: item tower x SASRec x loss, from one YAML.
 
-accelerate launch llmrec/train_tcf.py                                    the quick start's text model
-accelerate launch llmrec/train_tcf.py --config configs/tcf/amazon-beauty-2014.yaml --tower.name id
-torchrun --nproc_per_node 2 llmrec/train_tcf.py --config ...             two processes
-llmrec train ...                                                         the same, from the console
+accelerate launch llmrec/train_tcf.py                           the quick start's text model
+accelerate launch llmrec/train_tcf.py --config configs/tcf/amazon-beauty-2014-id.yaml
+torchrun --nproc_per_node 2 llmrec/train_tcf.py --config ...    two processes
+llmrec train ...                                                the same, from the console
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ if __name__ == "__main__":  # by path: the repository's root comes first, not th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
+import importlib.util
 import math
+import os
 import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,6 +46,7 @@ from llmrec.evaluation.ranking import EvaluationConfig, UserVectors, rank
 from llmrec.evaluation.result import RunFacts, build_result, write_result
 from llmrec.models.baselines import BASELINES
 from llmrec.models.losses import LossConfig
+from llmrec.models.optim import OptimConfig, parameter_groups, rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sasrec import USER_MODELS, UserModelConfig
 from llmrec.options import UsageError, as_dict, as_yaml, exit_code, parse
@@ -51,53 +55,24 @@ from llmrec.runs import (
     JOURNAL,
     Journal,
     check_folder,
+    check_vacant,
     new_folder,
     open_run,
     remove_others,
 )
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 Part = Literal["valid", "test"]
 HISTORIES = 512
 """Histories encoded at once in an evaluation."""
+QUICKSTART = ["--config", "configs/tcf/quickstart.yaml"]
+"""What no options at all mean."""
 PROG, DESCRIPTION = (
     "llmrec train",
     "Train one recommender, select it on validation, score it once on test.",
 )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How weights are moved."""
-
-    epochs: int = 30
-    """Most passes over the training rows; also the length of the cosine schedule."""
-    batch_size: int = 128
-    """Users per step, over all processes and accumulated pieces together."""
-    accumulate: int = 1
-    """Pieces a process cuts its share of a step into, one after the other, to save memory."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
-    """Decoupled decay of weight matrices; never of norms, biases, positions and item tables."""
-    warmup_share: float = 0.05
-    """Share of all steps in which the rate rises linearly; then it falls."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """The rate after warm-up: down to a tenth along a cosine, or unchanged."""
-    clip: float = 1.0
-    """Largest norm of the gradient; inf to leave it."""
-    patience: int = 4
-    """Epochs without a better validation score before training stops."""
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        for name in ("epochs", "batch_size", "accumulate", "patience"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"optim.{name}={getattr(self, name)} must be at least 1.")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"optim.{name}={getattr(self, name)} must be above 0.")
-        if not 0 <= self.warmup_share < 1:
-            raise UsageError(f"optim.warmup_share={self.warmup_share} must lie in [0, 1).")
 
 
 @dataclass(frozen=True)
@@ -168,7 +143,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model, the epoch whose weights it has, that epoch's validation ranking, and the cost."""
+    """A trained model, the epoch whose weights it has, that epoch's validation, and the cost."""
 
     model: Recommender
     epoch: int
@@ -183,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def configure(argv: Sequence[str]) -> TrainConfig:
     """The config of a command line, with the run's label and folder filled in."""
-    config = parse(TrainConfig, argv, PROG, DESCRIPTION)
+    config = parse(TrainConfig, argv or QUICKSTART, PROG, DESCRIPTION)
     Measure.parse(config.run.select)
     label = config.run.label or _label(config)
     data = Path(config.data.source).stem
@@ -206,30 +181,50 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
 def run(argv: Sequence[str]) -> int:
     """Data -> tower and user model -> training -> one test -> run folder."""
     config = configure(argv)
-    precision = config.run.precision
-    if precision == "auto":
-        precision = (
-            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-        )
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = start(config)
     console = Console(
         stderr=True, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
     )
+    check_vacant(Path(config.run.folder), config.run.overwrite)
     dataset = load_dataset(config.data)
     task = Task(config, dataset, split(dataset, config.split), accelerator, console)
     console.print(
-        f"{config.run.label}, seed {config.run.seed}: {dataset.name}, {dataset.interactions.user_count} users, "
-        f"{dataset.item_count} items, {len(dataset.interactions.items)} interactions; "
-        f"{accelerator.num_processes} x {accelerator.device.type}, {precision}"
+        f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
+        f"{dataset.interactions.user_count} users, {dataset.item_count} items, "
+        f"{len(dataset.interactions.items)} interactions; "
+        f"{accelerator.num_processes} x {accelerator.device.type}, "
+        f"{'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
     )
+    learns = config.model.name not in BASELINES
+    encoded = prepare(task) if learns else None  # may refuse, so before the folder is made
     if accelerator.is_main_process:
         open_run(task.folder, as_yaml(config), config.run.overwrite)
-    rankings, cost = score_baseline(task) if config.model.name in BASELINES else train(task)
+    rankings, cost = train(task, encoded) if learns else score_baseline(task)
     if accelerator.is_main_process:
         finish(task, rankings, cost)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """The processes, their devices and the number format."""
+    precision = config.run.precision
+    if precision == "auto":
+        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16" if gpu else "fp32"
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=not torch.accelerator.is_available(),  # unsaid, torchrun's processes would not join
+    )
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != wanted:
+        raise UsageError(
+            f"{wanted} processes were launched but {accelerator.num_processes} joined. Start them "
+            "with accelerate launch or torchrun."
+        )
+    return accelerator
 
 
 def score_baseline(task: Task) -> tuple[dict[str, Ranking], dict[str, Any]]:
@@ -247,15 +242,35 @@ def score_baseline(task: Task) -> tuple[dict[str, Ranking], dict[str, Any]]:
     }
 
 
-def train(task: Task) -> tuple[dict[str, Ranking], dict[str, Any]]:
-    """Select the epoch on validation, refit on train+valid if asked to, and score the test cases once."""
-    config, interactions, encoded = task.config, task.dataset.interactions, None
-    if config.tower.name != "id":
-        with task.accelerator.main_process_first():  # the others then find everything in the store
-            store = Path(config.run.store)
-            encoded = encode_catalog(
-                task.dataset.catalog, config.encoder, store, task.accelerator.device
-            )
+def prepare(task: Task) -> Encoded | None:
+    """Refuse what cannot be trained and encode the items' text, for towers that read it."""
+    config, accelerator = task.config, task.accelerator
+    ends = fit_ends(task.dataset.interactions, config.split, "train")
+    rows = TrainingRows.of(task.dataset.interactions, ends, config.model.max_length)
+    if not len(rows):
+        raise UsageError(
+            "no user has two training interactions. Lower split.valid_share or give more data."
+        )
+    share = accelerator.num_processes * config.optim.accumulate
+    if min(config.optim.batch_size, len(rows)) < share:
+        raise UsageError(
+            f"optim.accumulate={config.optim.accumulate} on {accelerator.num_processes} processes "
+            f"needs {share} users a step; optim.batch_size={config.optim.batch_size} and the data "
+            f"has {len(rows)}. Lower optim.accumulate."
+        )
+    if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("run.tensorboard needs an extra: pip install 'llmrec[report]'.")
+    if config.tower.name == "id":
+        return None
+    with accelerator.main_process_first():  # the others then find everything in the store
+        return encode_catalog(
+            task.dataset.catalog, config.encoder, Path(config.run.store), accelerator.device
+        )
+
+
+def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict[str, Any]]:
+    """Select the epoch on validation, refit on train+valid if asked to, score test once."""
+    config, interactions = task.config, task.dataset.interactions
     fitted = fit(task, encoded, fit_ends(interactions, config.split, "train"))
     cost, model = fitted.cost, fitted.model
     if config.run.fit_on == "train+valid":
@@ -294,15 +309,11 @@ def fit(
         task: data, config, accelerator.
         encoded: text vectors, for towers that read them.
         train_end: (U,), what may be learned from.
-        refit_epochs: train so many epochs and keep the last weights; otherwise validate after each, stop
-            early and keep the best.
+        refit_epochs: train so many epochs and keep the last weights; otherwise validate after each,
+            stop early and keep the best.
     """
     config, accelerator = task.config, task.accelerator
     rows = TrainingRows.of(task.dataset.interactions, train_end, config.model.max_length)
-    if not len(rows):
-        raise UsageError(
-            "no user has two training interactions. Lower split.valid_share or give more data."
-        )
     negatives = None
     if config.loss.name == "bce":
         negatives = NegativeSampler(task.dataset.interactions, train_end, task.dataset.item_count)
@@ -318,6 +329,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     stage = "fit" if refit_epochs is None else "refit"
     journal = Journal(task.folder / f"{stage}-{JOURNAL}") if accelerator.is_main_process else None
+    curves = summary_writer(task.folder) if journal and config.run.tensorboard else None
     best, best_epoch, validation, train_seconds = -math.inf, 0, None, 0.0
     for epoch in range(1, (refit_epochs or config.optim.epochs) + 1):
         began = time.perf_counter()
@@ -331,9 +343,13 @@ def fit(
             ranking = evaluate(task, model, "valid")
             score = float(Measure.parse(config.run.select).per_case(ranking).mean())
         if journal:
-            journal.add(
-                epoch=epoch, loss=loss, seconds=seconds, lr=scheduler.get_last_lr()[0], score=score
-            )
+            numbers = {"loss": loss, "lr": scheduler.get_last_lr()[0]}
+            if refit_epochs is None:
+                numbers[config.run.select] = score
+            journal.add(epoch=epoch, seconds=seconds, **numbers)
+            if curves:
+                for name, value in numbers.items():
+                    curves.add_scalar(f"{stage}/{name}", value, epoch)
             shown = "" if math.isnan(score) else f", valid {config.run.select} {score:.4f}"
             task.console.print(f"  {stage} epoch {epoch}: loss {loss:.4f}{shown}, {seconds:.1f} s")
         if refit_epochs is not None or score > best:
@@ -341,6 +357,8 @@ def fit(
             save(task, model, stage, epoch)
         elif epoch - best_epoch >= config.optim.patience:
             break
+    if curves:
+        curves.close()
     accelerator.wait_for_everyone()
     load(task, model, stage, best_epoch)
     cost = {
@@ -373,8 +391,9 @@ def train_epoch(task: Task, learner: Learner, epoch: int, rng: np.random.Generat
             progress.update(bar, completed=number)
             if (number % 50 == 0 or number == len(batches)) and not torch.isfinite(summed):
                 raise UsageError(
-                    f"the loss is not finite in epoch {epoch}, by step {number}. Lower optim.lr={optim.lr:g} or "
-                    f"optim.clip={optim.clip:g}; no checkpoint after epoch {epoch - 1} was written."
+                    f"the loss is not finite in epoch {epoch}, by step {number}. Lower "
+                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip:g}; nothing of this "
+                    "epoch was written."
                 )
     return float(accelerator.reduce(summed, "sum")) / positions
 
@@ -382,8 +401,9 @@ def train_epoch(task: Task, learner: Learner, epoch: int, rng: np.random.Generat
 def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Generator) -> Tensor:
     """Gradients of one step; returns this process's summed loss.
 
-    The gradient is that of the mean over all positions of the step, however many processes and pieces share
-    them: each piece's sum is divided by the whole step's positions, and DDP's averaging is undone.
+    The gradient is that of the mean over all positions of the step, however many processes and
+    pieces share them: each piece's sum is divided by the whole step's positions, and DDP's
+    averaging is undone.
     """
     accelerator, rows = task.accelerator, learner.rows
     world = accelerator.num_processes
@@ -407,7 +427,7 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
 
 
 def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:
-    """Rank the validation or test cases, shared by the processes; the same on each of them afterwards."""
+    """Rank the validation or test cases, shared by the processes; each of them gets all."""
     cases = task.split.test if part == "test" else task.split.valid
     interactions, device = task.dataset.interactions, task.accelerator.device
     model.eval()
@@ -435,7 +455,8 @@ def rank_cases(task: Task, users: UserVectors, items: Tensor, part: Part) -> Ran
     candidates = task.split.test_candidates if test else task.split.valid_candidates
     if not len(cases):
         raise UsageError(
-            f"the split has no {part} case. Change split.{part}_share or data.min_user_interactions."
+            f"the split has no {part} case. "
+            f"Change split.{part}_share or data.min_user_interactions."
         )
     ranked = rank(
         users,
@@ -448,27 +469,6 @@ def rank_cases(task: Task, users: UserVectors, items: Tensor, part: Part) -> Ran
         accelerator.num_processes,
     )
     return merge(gather_object([ranked]), len(cases))
-
-
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices of linear layers, none for norms, biases and tables."""
-    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    decayed = {id(weight) for weight in linear}
-    others = [weight for weight in model.parameters() if id(weight) not in decayed]
-    return [
-        {"params": linear, "weight_decay": optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
-def rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine down to a tenth, or constant."""
-    warmup = max(1, round(optim.warmup_share * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    if optim.schedule == "constant":
-        return 1.0
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
 def save(task: Task, model: Recommender, stage: str, epoch: int) -> None:
@@ -513,6 +513,13 @@ def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> No
     test = result.record["metrics"]["test"]
     shown = ", ".join(f"{name} {test[name]['mean']:.4f}" for name in ("HR@10", "NDCG@10"))
     task.console.print(f"{config.run.label}, seed {config.run.seed}: test {shown} -> {task.folder}")
+
+
+def summary_writer(folder: Path) -> SummaryWriter:
+    """TensorBoard's writer, for ``tensorboard --logdir runs``."""
+    from torch.utils.tensorboard import SummaryWriter  # of an extra
+
+    return SummaryWriter(str(folder))
 
 
 def progress_bar(console: Console) -> Progress:

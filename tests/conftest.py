@@ -7,6 +7,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,3 +26,14 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data: {root} is not a folder; set LLMREC_DATA to one that holds it")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Architecture name -> folder of a random language model with 3 layers."""
+    import tiny_models  # here, so that tests without one do not wait for transformers
+
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: tiny_models.save_tiny_model(name, folder / name) for name in tiny_models.ARCHITECTURES
+    }

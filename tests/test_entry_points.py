@@ -41,7 +41,7 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="Datasett"):
-        llmrec.Datasett  # noqa: B018
+        _ = llmrec.Datasett
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from llmrec.data.interactions import Int64, Interactions
 
 POOL_BATCHES = 32
-"""Batches whose users are sorted by length together: wide enough to trim, narrow enough to stay random."""
+"""Batches sorted by length together: wide enough to trim, narrow enough to stay random."""
 
 
 def windows(
@@ -36,7 +36,7 @@ def windows(
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The users to train on, one window each: the last ``max_length`` (input, target) pairs of the training part."""
+    """The users to train on, one window each: the last (input, target) pairs to learn from."""
 
     interactions: Interactions
     users: NDArray[np.int64]
@@ -46,6 +46,7 @@ class TrainingRows:
     lengths: Int64
     """Pairs in each window, (R,)."""
     max_length: int
+    """Most pairs of a window."""
 
     @classmethod
     def of(cls, interactions: Interactions, train_end: Int64, max_length: int) -> TrainingRows:
@@ -65,11 +66,13 @@ class TrainingRows:
     ) -> list[NDArray[np.int64]]:
         """One epoch: all rows in shuffled batches of similar length.
 
-        Rows are shuffled, sorted by length within pools of `POOL_BATCHES` batches, cut, and the batches shuffled.
+        Rows are shuffled, sorted by length within pools of `POOL_BATCHES` batches, and cut; then
+        the batches are shuffled.
 
         Args:
             size: rows of a batch.
-            smallest: rows below which the last batch joins its neighbour, so that no process is left without one.
+            smallest: rows below which the last batch joins its neighbour, so that no process is
+                left without one.
             rng: decides both shuffles.
 
         Returns:
@@ -85,7 +88,7 @@ class TrainingRows:
         return [batches[number] for number in rng.permutation(len(batches))]
 
     def pairs(self, rows: NDArray[np.int64]) -> tuple[Int64, Int64]:
-        """Inputs and targets of some rows, each (B, L) item ids, left padded, trimmed to the longest."""
+        """Inputs and targets of some rows, each (B, L), left padded, trimmed to the longest."""
         both = windows(self.interactions, self.users[rows], self.ends[rows], self.max_length + 1)
         return both[:, :-1], np.where(both[:, :-1] > 0, both[:, 1:], 0)
 

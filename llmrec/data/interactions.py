@@ -75,8 +75,8 @@ class Catalog:
 class Cases:
     """Questions asked of a recommender: given this history, where does it rank that target?
 
-    Index arrays into one `Interactions`; histories are never copied. The visible history of case c is
-    ``items[offsets[user[c]]:end[c]]`` and its target ``items[target[c]]``.
+    Index arrays into one `Interactions`; histories are never copied. The visible history of case c
+    is ``items[offsets[user[c]]:end[c]]`` and its target ``items[target[c]]``.
     """
 
     user: Int32

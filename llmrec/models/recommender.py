@@ -39,7 +39,7 @@ class Recommender(nn.Module):
     def __init__(
         self, tower: ItemTower, user_model: SASRec, loss: LossConfig, popularity: Tensor
     ) -> None:
-        """`popularity` (N + 1,): training interactions of each item, for the in-batch correction."""
+        """`popularity` (N + 1,): training counts of the items, for the in-batch correction."""
         super().__init__()
         self.tower, self.user_model, self.loss = tower, user_model, loss
         share = popularity.clamp(min=1).float()  # an item never trained on is in no batch

@@ -1,7 +1,7 @@
-"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) as TCF and MoRec use it: a causal Transformer over item vectors.
+"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) as TCF and MoRec use it.
 
-Left-padded rows; learned positions counted from the right end, so that trimming a batch to its longest row, or
-padding it further, changes no output.
+A causal Transformer over item vectors. Left-padded rows; learned positions counted from the right
+end, so that trimming a batch to its longest row, or padding it further, changes no output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class UserModelConfig:
     """What turns a history of item vectors into a user vector."""
 
     name: Literal["sasrec", "popularity", "random"] = "sasrec"
-    """The user model; popularity and random are rows to compare with and learn nothing by gradients."""
+    """The user model; popularity and random are rows to compare with, without gradients."""
     width: int = 64
     """D, of item and user vectors alike."""
     blocks: int = 2
@@ -46,7 +46,7 @@ class UserModelConfig:
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward layer of 4 D with GELU, each followed by residual and LayerNorm."""
+    """Self-attention, then a feed-forward layer of 4 D; residual and LayerNorm after each."""
 
     def __init__(self, config: UserModelConfig) -> None:
         """Weights of one block."""
@@ -116,7 +116,8 @@ class SASRec(nn.Module):
         Args:
             x: (B, L, D) item vectors, left padded, L at most ``max_length``.
             real: (B, L) bool, False where padded.
-            last_only: Whether the last block computes the last position alone, which is all a ranking needs.
+            last_only: Whether the last block computes the last position alone, which is all a
+                ranking needs.
 
         Returns:
             (B, L, D), or (B, 1, D) if `last_only`; states of padded positions mean nothing.

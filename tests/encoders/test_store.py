@@ -32,7 +32,7 @@ def encode(tiny_models, tmp_path):
 
 def test_vectors_are_the_encoders_in_catalogue_order(encode, tiny_models):
     encoded = encode()
-    direct, tokens = TextEncoder(EncoderConfig(model=str(tiny_models["bert"])), CPU).encode(TEXTS)
+    direct, _ = TextEncoder(EncoderConfig(model=str(tiny_models["bert"])), CPU).encode(TEXTS)
     np.testing.assert_allclose(encoded.vectors, direct, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(encoded.vectors[0], encoded.vectors[3])  # one text, one vector
     assert encoded.cost["encoded_now"] == 3  # distinct and not empty
@@ -102,7 +102,7 @@ def test_a_damaged_shard_is_named_with_its_remedy(encode, name):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(UsageError, match="Delete the folder .* encoded again"):
+    with pytest.raises(UsageError, match=r"Delete the folder .* encoded again"):
         encode()
     shutil.rmtree(file.parent)
     assert encode().cost["encoded_now"] == 3

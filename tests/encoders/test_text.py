@@ -112,14 +112,14 @@ def test_a_layer_out_of_range_names_the_range(tiny_models):
 
 
 def test_more_tokens_than_the_model_reads_are_refused(tiny_models):
-    with pytest.raises(UsageError, match="max_item_tokens=1000 .* reads at most 64"):
+    with pytest.raises(UsageError, match=r"max_item_tokens=1000 .* reads at most 64"):
         TextEncoder(EncoderConfig(model=str(tiny_models["opt"]), max_item_tokens=1000), CPU)
 
 
 def test_a_model_that_is_neither_local_nor_reachable_names_the_way_out():
     with pytest.raises(
         UsageError,
-        match="no local folder and cannot be reached .* give its folder as encoder.model",
+        match=r"no local folder and cannot be reached .* give its folder as encoder\.model",
     ):
         locate(EncoderConfig(model="nobody/no-such-model"))
 

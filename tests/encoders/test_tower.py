@@ -56,5 +56,5 @@ def test_one_projection_layer_is_linear_and_gelu():
 
 
 def test_no_projection_layer_is_refused():
-    with pytest.raises(UsageError, match="tower.projection_layers=0"):
+    with pytest.raises(UsageError, match=r"tower\.projection_layers=0"):
         TowerConfig(projection_layers=0)

@@ -47,7 +47,7 @@ def test_full_softmax_of_large_scores_does_not_overflow():
 
 
 def slot_softmax(states, items, targets, rows, slots, log_popularity, places):
-    """TCF's and MoRec's form: one column per slot of the batch, its own sequence's masked but for the label."""
+    """TCF's and MoRec's form: a column per slot, the own sequence's masked but for the label."""
     total = states.new_zeros(())
     flat = slots.flatten()
     columns = torch.nonzero(flat >= 0)[:, 0]
@@ -64,7 +64,7 @@ def slot_softmax(states, items, targets, rows, slots, log_popularity, places):
 
 def test_in_batch_softmax_over_distinct_items_equals_the_duplicated_columns():
     torch.manual_seed(1)
-    # two users of three pairs, item 2 is shared, item 4 occurs twice in one sequence, the second is padded
+    # Two users: item 2 is shared, item 4 occurs twice in one sequence, the second is padded.
     slots = torch.tensor([[0, 2, 4, 4], [-1, 1, 2, 3]])
     rows = torch.tensor([0, 0, 0, 1, 1])
     targets = torch.tensor([2, 4, 4, 2, 3])
@@ -113,5 +113,5 @@ def test_bce_gradient_equals_autograd_of_the_plain_formula():
 
 
 def test_a_loss_without_negatives_is_refused():
-    with pytest.raises(UsageError, match="loss.negatives=0"):
+    with pytest.raises(UsageError, match=r"loss\.negatives=0"):
         LossConfig(name="bce", negatives=0)

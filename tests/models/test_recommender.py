@@ -1,4 +1,4 @@
-"""Tower, user model and loss together: any combination trains, and batching never changes a score."""
+"""Tower, user model and loss together: any combination trains, batching changes no score."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,67 @@
+"""How weights are moved: AdamW's options, its parameter groups, the learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from llmrec.options import UsageError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are moved."""
+
+    epochs: int = 30
+    """Most passes over the training rows; also the length of the cosine schedule."""
+    batch_size: int = 128
+    """Users per step, over all processes and accumulated pieces together."""
+    accumulate: int = 1
+    """Pieces a process cuts its share of a step into, one after the other, to save memory."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled decay of weight matrices; never of norms, biases, positions and item tables."""
+    warmup_share: float = 0.05
+    """Share of all steps in which the rate rises linearly; then it falls."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The rate after warm-up: down to a tenth along a cosine, or unchanged."""
+    clip: float = 1.0
+    """Largest norm of the gradient; inf to leave it."""
+    patience: int = 4
+    """Epochs without a better validation score before training stops."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        for name in ("epochs", "batch_size", "accumulate", "patience"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"optim.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"optim.{name}={getattr(self, name)} must be above 0.")
+        if not 0 <= self.warmup_share < 1:
+            raise UsageError(f"optim.warmup_share={self.warmup_share} must lie in [0, 1).")
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Weight decay for matrices of linear layers, none for norms, biases and tables."""
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    decayed = {id(weight) for weight in linear}
+    others = [weight for weight in model.parameters() if id(weight) not in decayed]
+    return [
+        {"params": linear, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def rate(step: int, steps: int, optim: OptimConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, then a cosine to a tenth, or constant."""
+    warmup = max(1, round(optim.warmup_share * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if optim.schedule == "constant":
+        return 1.0
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
