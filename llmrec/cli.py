@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import llmrec
+from llmrec.errors import nearest
 
 VERBS = {
     "train": ("llmrec.train_tcf", "train one recommender from a YAML file and options"),
@@ -50,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(HELP)
         return 2
     if verb not in VERBS:
-        from llmrec.options import nearest  # a third of a second that --help should not pay
-
         sys.stderr.write(f"llmrec: no verb {verb!r}: {nearest(verb, VERBS)}\n")
         return 2
     module, _ = VERBS[verb]

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
 
+from llmrec import resources
+from llmrec.errors import UsageError, nearest
+
 Config = TypeVar("Config")
-
-
-class UsageError(Exception):
-    """A mistake of the user's: one sentence that names the option and the way out; exit code 2."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a misspelt name: the one it is closest to, else all there are."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}."
-
-
-def exit_code(function: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run an entry point; a `UsageError` becomes one line on stderr and exit code 2."""
-    try:
-        return function(argv)
-    except UsageError as error:
-        sys.stderr.write(f"llmrec: {error}\n")
-        return 2
 
 
 def parser_for(
@@ -119,8 +100,6 @@ def _config_files(words: list[str]) -> tuple[list[str], list[str]]:
 def _found(file: str) -> str:
     """The file itself, or the shipped one that ``configs/...`` names from any folder."""
     if not Path(file).exists() and file.startswith("configs/"):
-        from llmrec import resources  # which itself needs UsageError from here
-
         return str(resources.shipped("configs", file.removeprefix("configs/")))
     return file
 

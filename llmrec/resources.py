@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmrec.options import UsageError, nearest
+from llmrec.errors import UsageError, nearest
 
 KINDS = ("prompts", "eval", "configs")
 _PACKAGE = Path(__file__).resolve().parent

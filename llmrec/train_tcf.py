@@ -22,7 +22,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from llmrec.data.splits import SplitConfig, fit_ends, split, training_counts
 from llmrec.encoders.store import Encoded, encode_catalog
 from llmrec.encoders.text import EncoderConfig
 from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features
+from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.ranking import EvaluationConfig, UserVectors, rank
 from llmrec.evaluation.result import RunFacts, build_result, write_result
@@ -49,7 +49,8 @@ from llmrec.models.losses import LossConfig
 from llmrec.models.optim import OptimConfig, parameter_groups, rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sasrec import USER_MODELS, UserModelConfig
-from llmrec.options import UsageError, as_dict, as_yaml, exit_code, parse
+from llmrec.options import as_dict, as_yaml, parse
+from llmrec.progress import progress_bar
 from llmrec.runs import (
     CHECKPOINTS,
     JOURNAL,
@@ -60,9 +61,6 @@ from llmrec.runs import (
     open_run,
     remove_others,
 )
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Part = Literal["valid", "test"]
 HISTORIES = 512
@@ -289,11 +287,9 @@ def build(task: Task, encoded: Encoded | None, train_end: Int64) -> Recommender:
     """Fresh weights from the run's seed."""
     config, dataset = task.config, task.dataset
     set_seed(config.run.seed)
-    features = (
-        None
-        if encoded is None
-        else prepare_features(encoded.vectors, config.tower, config.run.seed)
-    )
+    features = None
+    if encoded is not None:
+        features = prepare_features(encoded.vectors, config.tower, config.run.seed)
     tower = build_tower(config.tower, dataset.item_count, config.model.width, features)
     popularity = training_counts(dataset.interactions, train_end, dataset.item_count)
     user_model = USER_MODELS[config.model.name](config.model)
@@ -327,16 +323,20 @@ def fit(
         optimizer, lambda step: rate(step, steps, config.optim)
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    learner = Learner(wrapped, optimizer, scheduler, rows, negatives)
+    if accelerator.process_index:  # the weights come from the first process, dropout is one's own
+        torch.manual_seed(config.run.seed + accelerator.process_index)
     stage = "fit" if refit_epochs is None else "refit"
     journal = Journal(task.folder / f"{stage}-{JOURNAL}") if accelerator.is_main_process else None
-    curves = summary_writer(task.folder) if journal and config.run.tensorboard else None
+    curves = None
+    if journal and config.run.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # of the extra `report`
+
+        curves = SummaryWriter(str(task.folder))
     best, best_epoch, validation, train_seconds = -math.inf, 0, None, 0.0
     for epoch in range(1, (refit_epochs or config.optim.epochs) + 1):
         began = time.perf_counter()
-        rng = np.random.default_rng((config.run.seed, epoch))
-        loss = train_epoch(
-            task, Learner(wrapped, optimizer, scheduler, rows, negatives), epoch, rng
-        )
+        loss = train_epoch(task, learner, epoch)
         seconds, score = time.perf_counter() - began, math.nan
         train_seconds += seconds
         if refit_epochs is None:
@@ -371,18 +371,19 @@ def fit(
     return Fitted(model, best_epoch, validation, cost)
 
 
-def train_epoch(task: Task, learner: Learner, epoch: int, rng: np.random.Generator) -> float:
+def train_epoch(task: Task, learner: Learner, epoch: int) -> float:
     """One pass over all rows; the mean loss of a position."""
     optim, accelerator = task.config.optim, task.accelerator
-    batches = learner.rows.batches(
-        optim.batch_size, accelerator.num_processes * optim.accumulate, rng
-    )
+    plan = np.random.default_rng((task.config.run.seed, epoch))  # the same on every process
+    draws = np.random.default_rng((task.config.run.seed, epoch, 1 + accelerator.process_index))
+    smallest = accelerator.num_processes * optim.accumulate
+    batches = learner.rows.batches(optim.batch_size, smallest, plan)
     summed, positions = torch.zeros((), device=accelerator.device), 0
     learner.model.train()
     with progress_bar(task.console) as progress:
         bar = progress.add_task(f"epoch {epoch}", total=len(batches))
         for number, batch in enumerate(batches, start=1):
-            summed += train_step(task, learner, batch, rng)
+            summed += train_step(task, learner, batch, draws)
             positions += int(learner.rows.lengths[batch].sum())
             accelerator.clip_grad_norm_(learner.model.parameters(), optim.clip)
             learner.optimizer.step()
@@ -513,24 +514,6 @@ def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> No
     test = result.record["metrics"]["test"]
     shown = ", ".join(f"{name} {test[name]['mean']:.4f}" for name in ("HR@10", "NDCG@10"))
     task.console.print(f"{config.run.label}, seed {config.run.seed}: test {shown} -> {task.folder}")
-
-
-def summary_writer(folder: Path) -> SummaryWriter:
-    """TensorBoard's writer, for ``tensorboard --logdir runs``."""
-    from torch.utils.tensorboard import SummaryWriter  # of an extra
-
-    return SummaryWriter(str(folder))
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar on a terminal, nothing in a log."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from llmrec.options import UsageError, nearest
+from llmrec.errors import UsageError, nearest
 from llmrec.resources import listing, shipped
 
 _HEADER = re.compile(r"\{#-?\s*(?P<entries>.*?)\s*-?#\}")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.columns import Columns
 from llmrec.data.interactions import Int64
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 # Topic: its department, then kinds separated by ";", each the words its titles are built from.
 _TOPICS = {

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.data.interactions import Bool, Cases, Dataset, Int64, Interactions, Split
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 FitOn = Literal["train", "train+valid"]
 

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmrec.data.interactions import Catalog
 from llmrec.data.readers import DataConfig, load_dataset
 from llmrec.encoders.text import EncoderConfig, Location, TextEncoder, locate
-from llmrec.options import UsageError, exit_code, parse
+from llmrec.errors import UsageError, exit_code
+from llmrec.options import parse
+from llmrec.progress import progress_bar
 from llmrec.runs import check_folder, new_folder, write_json
 
 SHARD_ITEMS = 50_000
@@ -135,14 +136,8 @@ def _encode(
         "non_embedding_parameters": encoder.non_embedding_parameters,
     }
     write_json(folder / "encoder.json", about)
-    columns = (
-        TextColumn("encoding items"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(wanted))
+    with progress_bar(Console(stderr=True)) as progress:
+        task = progress.add_task("encoding items", total=len(wanted))
         digests = list(wanted)
         for start in range(0, len(digests), SHARD_ITEMS):
             part = digests[start : start + SHARD_ITEMS]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 from llmrec.runs import sha256_of
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

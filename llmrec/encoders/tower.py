@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrec.data.interactions import Bool, Cases, Int32, Int64, Interactions
+from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import Ranking
-from llmrec.options import UsageError
 
 UserVectors: TypeAlias = Callable[[Int64], Tensor]
 

@@ -18,9 +18,9 @@ import polars as pl
 
 from llmrec import runs
 from llmrec.data.interactions import Cases, Dataset, Int64, Split
+from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import MEASURES, Float64, Measure, Ranking, measure_matrix
 from llmrec.evaluation.significance import bootstrap
-from llmrec.options import UsageError
 
 PER_USER = "per_user.parquet"
 FORMAT = 1

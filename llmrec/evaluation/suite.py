@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmrec import resources, runs
+from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation.metrics import Measure
 from llmrec.evaluation.result import Result, read_result
-from llmrec.options import UsageError, exit_code, nearest
 from llmrec.reporting.tables import (
     DEFAULT_MEASURES,
     Question,

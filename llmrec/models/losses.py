@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 @dataclass(frozen=True)

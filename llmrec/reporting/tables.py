@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmrec import runs
+from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation.metrics import Float64, Measure
 from llmrec.evaluation.result import Result, read_result
 from llmrec.evaluation.significance import bootstrap, compare, holm
-from llmrec.options import UsageError, exit_code, nearest
 
 DEFAULT_MEASURES = ("HR@10", "NDCG@10")
 ALPHA = 0.05

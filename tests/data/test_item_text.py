@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmrec.data.item_text import load_template, parse_template, render
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 from llmrec.resources import listing
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "item_text"

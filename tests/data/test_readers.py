@@ -9,7 +9,7 @@ import pytest
 
 from llmrec.data.interactions import Dataset
 from llmrec.data.readers import DataConfig, find_source, load_dataset
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 def load(path: Path, **options: Any) -> Dataset:

@@ -52,7 +52,7 @@ def test_ml_100k_splits_in_time(data_root: Path) -> None:
 
 
 def test_the_position_only_sets_refuse_the_temporal_split(data_root: Path) -> None:
-    from llmrec.options import UsageError
+    from llmrec.errors import UsageError
 
     with pytest.raises(UsageError, match="leave_one_out"):
         split(load(data_root, "amazon-beauty-2014"), SplitConfig(method="temporal"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import resources
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 def test_a_shipped_file_is_found_in_a_clone() -> None:

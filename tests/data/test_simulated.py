@@ -9,7 +9,7 @@ from llmrec.data.interactions import Dataset
 from llmrec.data.readers import DataConfig, load_dataset
 from llmrec.data.simulated import SimulatedConfig
 from llmrec.data.splits import SplitConfig, split, training_counts
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 @pytest.fixture(scope="module")

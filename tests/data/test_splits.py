@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.interactions import Catalog, Dataset, Interactions
 from llmrec.data.splits import SplitConfig, filter_users, fit_ends, split, training_counts
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 
 def dataset(histories: list[list[int]], times: list[list[int]] | None = None) -> Dataset:

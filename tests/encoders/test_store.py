@@ -10,7 +10,7 @@ import torch
 from llmrec.data.interactions import Catalog
 from llmrec.encoders.store import encode_catalog, main
 from llmrec.encoders.text import EncoderConfig, TextEncoder
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 CPU = torch.device("cpu")
 TEXTS = ["red shoe", "", "blue hat", "red shoe", "green coat"]

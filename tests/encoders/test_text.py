@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from llmrec.encoders.text import MINILM, EncoderConfig, TextEncoder, locate
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 CPU = torch.device("cpu")
 TEXTS = ["red shoe for men", "blue hat", "green coat for women summer rain", "snow boot", "scarf"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features, whiten
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 FEATURES = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 

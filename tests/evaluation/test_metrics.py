@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import MEASURES, Measure, Ranking, measure_matrix, merge
-from llmrec.options import UsageError
 
 
 def ranking(greater, equal=0, candidates=100, reachable=True):

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from llmrec.data.interactions import Cases, Interactions
+from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import Measure, merge
 from llmrec.evaluation.ranking import EvaluationConfig, case_blocks, rank
-from llmrec.options import UsageError
 
 
 def world(users=83, items=137, width=16, seed=0):

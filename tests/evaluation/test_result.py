@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from llmrec.data.interactions import Cases, Catalog, Dataset, Interactions, Split
+from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import Measure, Ranking
 from llmrec.evaluation.result import RunFacts, build_result, read_result, write_result
-from llmrec.options import UsageError
 
 MEASURES = (Measure("HR", 1), Measure("NDCG", 2))
 

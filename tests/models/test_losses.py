@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmrec.errors import UsageError
 from llmrec.models.losses import LossConfig, bce, full_softmax, in_batch_softmax
-from llmrec.options import UsageError
 
 
 def with_gradients(function, *tensors):

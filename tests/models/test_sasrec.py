@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from llmrec.errors import UsageError
 from llmrec.models.sasrec import SASRec, UserModelConfig
-from llmrec.options import UsageError
 
 CONFIG = UserModelConfig(width=16, blocks=2, heads=2, dropout=0.3, max_length=12)
 

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import Measure
 from llmrec.evaluation.result import Result, write_result
-from llmrec.options import UsageError
 from llmrec.reporting.tables import Question, build_table, main, print_table, to_markdown
 
 QUESTION = Question(measures=[Measure("HR", 10), Measure("NDCG", 10)])

@@ -11,7 +11,7 @@ from llmrec.data.item_text import load_template
 from llmrec.data.readers import recbole, table
 from llmrec.data.readers.config import DataConfig
 from llmrec.data.simulated import simulate
-from llmrec.options import UsageError, nearest
+from llmrec.errors import UsageError, nearest
 
 __all__ = ["READERS", "DataConfig", "data_root", "find_source", "load_dataset"]
 

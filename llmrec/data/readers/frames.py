@@ -10,7 +10,7 @@ import polars as pl
 from llmrec.data.columns import Columns, Float64
 from llmrec.data.interactions import Float32, Int64
 from llmrec.data.readers.config import DataConfig
-from llmrec.options import UsageError, nearest
+from llmrec.errors import UsageError, nearest
 
 _DEFAULTS = DataConfig()
 

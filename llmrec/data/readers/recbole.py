@@ -9,7 +9,7 @@ import polars as pl
 from llmrec.data.columns import Columns
 from llmrec.data.readers.config import DataConfig
 from llmrec.data.readers.frames import columns_of, read_text_table
-from llmrec.options import UsageError
+from llmrec.errors import UsageError
 
 _TYPES = {"token", "token_seq", "float", "float_seq"}
 

@@ -1,0 +1,187 @@
+"""Windows, batches, pairs and negatives as small tables."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.data.batches import NegativeSampler, TrainingRows, windows
+from llmrec.data.interactions import Interactions
+
+
+def sequences(*users):
+    """Interactions of some users, each a list of items."""
+    return Interactions(
+        np.array([item for items in users for item in items], np.int32),
+        np.concatenate([[0], np.cumsum([len(items) for items in users])]).astype(np.int64),
+    )
+
+
+def rows_of(interactions, max_length=50, held_out=0):
+    """Training rows of all but the last `held_out` interactions."""
+    ends = np.maximum(interactions.offsets[1:] - held_out, interactions.offsets[:-1])
+    return TrainingRows.of(interactions, ends, max_length)
+
+
+def lengths_of(lengths):
+    """Training rows with so many pairs each."""
+    return rows_of(sequences(*([1] * (length + 1) for length in lengths)))
+
+
+TWO = sequences([1, 2, 3, 4], [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("users", "ends", "max_length", "expected"),
+    [
+        ([0, 1], [4, 6], 50, [[1, 2, 3, 4], [0, 0, 5, 6]]),  # left padded
+        ([1], [6], 50, [[5, 6]]),  # trimmed to the longest
+        ([0, 1], [4, 6], 3, [[2, 3, 4], [0, 5, 6]]),  # capped to the most recent
+        ([0, 1], [2, 5], 50, [[1, 2], [0, 5]]),  # nothing at or after the end
+        ([0, 1], [4, 4], 2, [[3, 4], [0, 0]]),  # no history yet: padding alone
+        ([1], [4], 50, [[0]]),  # one column at least
+        ([1, 0, 1], [6, 1, 5], 1, [[6], [1], [5]]),  # any order, any user twice
+    ],
+)
+def test_a_window_is_the_recent_history_left_padded(users, ends, max_length, expected):
+    found = windows(TWO, np.array(users), np.array(ends), max_length)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_no_users_have_no_windows():
+    assert windows(TWO, np.array([], np.int64), np.array([], np.int64), 5).shape[0] == 0
+
+
+histories = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8)
+
+
+@given(histories, st.integers(1, 10))
+def test_windows_are_the_ends_of_the_histories(users, max_length):
+    interactions = sequences(*users)
+    found = windows(interactions, np.arange(len(users)), interactions.offsets[1:], max_length)
+    for row, items in zip(found, users, strict=True):
+        recent = items[-max_length:]
+        assert row.tolist() == [0] * (len(row) - len(recent)) + recent
+
+
+def test_targets_are_the_inputs_moved_by_one():
+    inputs, targets = rows_of(TWO).pairs(np.array([0, 1]))
+    np.testing.assert_array_equal(inputs, [[1, 2, 3], [0, 0, 5]])
+    np.testing.assert_array_equal(targets, [[2, 3, 4], [0, 0, 6]])
+
+
+def test_a_capped_row_keeps_its_most_recent_pairs():
+    inputs, targets = rows_of(TWO, max_length=2).pairs(np.array([0, 1]))
+    np.testing.assert_array_equal(inputs, [[2, 3], [0, 5]])
+    np.testing.assert_array_equal(targets, [[3, 4], [0, 6]])
+
+
+def test_held_out_items_are_in_no_pair():
+    inputs, targets = rows_of(TWO, held_out=1).pairs(np.array([0]))
+    np.testing.assert_array_equal((inputs, targets), [[[1, 2]], [[2, 3]]])
+
+
+def test_a_user_without_a_pair_is_no_row():
+    rows = rows_of(sequences([1], [2, 3], [], [4, 5, 6]))
+    assert (rows.users.tolist(), rows.lengths.tolist()) == ([1, 3], [1, 2])
+
+
+@given(histories, st.integers(1, 10))
+def test_lengths_count_the_pairs(users, max_length):
+    rows = rows_of(sequences(*users), max_length)
+    if len(rows):
+        _, targets = rows.pairs(np.arange(len(rows)))
+        assert (targets > 0).sum(1).tolist() == rows.lengths.tolist()
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=300),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(0, 3),
+)
+def test_an_epoch_has_every_row_exactly_once(lengths, size, smallest, seed):
+    batches = lengths_of(lengths).batches(size, smallest, np.random.default_rng(seed))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    sizes = sorted(map(len, batches))
+    assert sizes[-1] < size + smallest
+    if len(lengths) >= smallest and size >= smallest:
+        assert sizes[0] >= smallest
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "smallest", "sizes"),
+    [
+        (9, 3, 1, [3, 3, 3]),
+        (10, 3, 1, [1, 3, 3, 3]),
+        (10, 3, 2, [3, 3, 4]),  # the last one joins
+        (11, 3, 2, [2, 3, 3, 3]),
+        (2, 3, 2, [2]),
+        (1, 3, 2, [1]),  # nobody to join
+    ],
+)
+def test_a_last_batch_that_is_too_small_joins_its_neighbour(rows, size, smallest, sizes):
+    batches = lengths_of([1] * rows).batches(size, smallest, np.random.default_rng(0))
+    assert sorted(map(len, batches)) == sizes
+
+
+def test_rows_of_similar_length_are_together():
+    lengths = np.random.default_rng(0).integers(1, 50, size=320)
+    rows = lengths_of(lengths)
+    batches = rows.batches(10, 1, np.random.default_rng(1))
+    padded = sum(len(batch) * rows.lengths[batch].max() for batch in batches)
+    at_random = sum(10 * part.max() for part in np.split(lengths, 32))
+    # One pool of 32 batches, sorted: ten rows span about 49 / 32 lengths instead of all.
+    assert padded < 1.06 * lengths.sum() < 1.5 * lengths.sum() < at_random
+
+
+def test_batches_do_not_come_sorted_by_length():
+    rows = lengths_of(list(range(1, 101)))
+    batches = rows.batches(10, 1, np.random.default_rng(0))
+    means = [rows.lengths[batch].mean() for batch in batches]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_one_others():
+    rows = lengths_of([1, 2, 3] * 20)
+    first, again, other = (rows.batches(7, 1, np.random.default_rng(s)) for s in (0, 0, 1))
+    assert [batch.tolist() for batch in first] == [batch.tolist() for batch in again]
+    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in other]
+
+
+def sampler(interactions, item_count, held_out=0):
+    """Negatives for the part without the last `held_out`."""
+    return NegativeSampler(interactions, interactions.offsets[1:] - held_out, item_count)
+
+
+@given(st.integers(0, 99))
+def test_a_negative_is_an_item_the_user_was_not_trained_on(seed):
+    drawn = sampler(sequences([1, 2, 3], [4]), 6).draw(
+        np.array([0, 1]), (20, 3), np.random.default_rng(seed)
+    )
+    assert drawn.shape == (2, 20, 3)
+    assert set(drawn[0].flat) <= {4, 5, 6} and set(drawn[1].flat) <= {1, 2, 3, 5, 6}
+
+
+def test_held_out_items_may_be_negatives():
+    drawn = sampler(sequences([1, 2, 3]), 3, held_out=1).draw(
+        np.array([0]), (50, 1), np.random.default_rng(0)
+    )
+    assert set(drawn.flat) == {3}
+
+
+def test_negatives_are_uniform_over_the_items_that_are_left():
+    drawn = sampler(sequences([1, 3]), 6).draw(np.array([0]), (4000, 1), np.random.default_rng(0))
+    counts = np.bincount(drawn.ravel(), minlength=7)
+    assert counts[[0, 1, 3]].tolist() == [0, 0, 0]
+    # 4000 draws over 4 items: 1000 each, standard deviation sqrt(4000 x 1/4 x 3/4) = 27.
+    assert np.abs(counts[[2, 4, 5, 6]] - 1000).max() < 4 * 27
+
+
+def test_drawing_stops_for_a_user_who_has_everything():
+    drawn = sampler(sequences([1, 2, 3], [1]), 3).draw(
+        np.array([0, 1]), (5, 2), np.random.default_rng(0)
+    )
+    assert ((drawn >= 1) & (drawn <= 3)).all()
+    assert set(drawn[1].flat) <= {2, 3}
