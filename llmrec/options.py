@@ -64,7 +64,18 @@ def as_dict(config: object) -> dict[str, Any]:
 
 def as_yaml(config: object) -> str:
     """A config as the YAML file that gives it back."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False)
+    return yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 1e3, which YAML 1.1 calls text and the parser reads as a number."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def _top(config_class: type) -> set[str]:

@@ -111,14 +111,14 @@ def check_folder(path: Path, remedy: str) -> None:
     """
     manifest = path / MANIFEST
     try:
-        expected = json.loads(manifest.read_text())["sha256"]
+        expected = json.loads(manifest.read_text())["sha256"].items()
     except FileNotFoundError:
         raise UsageError(
             f"{manifest} is missing, so {path} was not written to its end. {remedy}"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UsageError(f"{manifest} is damaged. {remedy}") from None
-    for name, digest in expected.items():
+    for name, digest in expected:
         if not (path / name).is_file():
             raise UsageError(f"{path / name} is missing. {remedy}")
         if sha256_of(path / name) != digest:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.errors import UsageError, exit_code, nearest
@@ -180,6 +180,7 @@ def test_yaml_without_options_is_refused(file, text):
         folder=st.sampled_from(["", "runs/a", "1e3", "null", "true", "x: y", "#", "~"]),
     )
 )
+@settings(max_examples=40, deadline=None)
 def test_a_written_config_reads_back_as_itself(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("yaml") / "config.yaml"
     path.write_text(as_yaml(config))

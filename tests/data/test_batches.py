@@ -53,7 +53,7 @@ def test_no_users_have_no_windows():
     assert windows(TWO, np.array([], np.int64), np.array([], np.int64), 5).shape[0] == 0
 
 
-histories = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8)
+histories = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8).filter(any)
 
 
 @given(histories, st.integers(1, 10))
