@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,7 +130,14 @@ def assemble(
         "items_sharing_their_text": _sharing(texts),
         "repeat_interactions": len(pairs) - len(np.unique(pairs)),
     }
-    return Dataset(name, interactions, catalog, [user_ids[user] for user in users], counts)
+    kept_ids = [user_ids[user] for user in users]
+    return Dataset(name, interactions, catalog, kept_ids, counts, _order(columns))
+
+
+def _order(columns: Columns) -> Literal["timestamp", "position", "file"]:
+    if columns.timestamps is not None:
+        return "timestamp"
+    return "file" if columns.positions is None else "position"
 
 
 def _sharing(texts: list[str]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +119,8 @@ class Dataset:
     """External user ids, (U,)."""
     counts: dict[str, int] = field(default_factory=dict)
     """What reading and filtering did, for the result: name -> number."""
+    order: Literal["timestamp", "position", "file"] = "file"
+    """What sorted each user's interactions; ties stand in the order of the file."""
 
     @property
     def item_count(self) -> int:

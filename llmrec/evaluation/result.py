@@ -18,6 +18,7 @@ import polars as pl
 
 from llmrec import runs
 from llmrec.data.interactions import Cases, Dataset, Int64, Split
+from llmrec.data.splits import training_counts
 from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import MEASURES, Float64, Measure, Ranking, measure_matrix
 from llmrec.evaluation.significance import bootstrap
@@ -52,8 +53,6 @@ class RunFacts:
     """train or train+valid."""
     selection: str
     """The validation measure the checkpoint was chosen by; ``none`` for models without training."""
-    order: str = "timestamp, ties by order in the file"
-    """What sorted each user's interactions."""
     cost: Mapping[str, float | int | None] = field(default_factory=dict)
     """train_seconds, encode_seconds, trainable_parameters, flops, peak_memory_bytes and others."""
 
@@ -134,7 +133,7 @@ def build_result(
         "label": facts.label,
         "seed": facts.seed,
         "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
-        "protocol": _protocol(facts, split),
+        "protocol": _protocol(facts, dataset, split),
         "data": _data(facts, dataset, split),
         "cases": {"count": len(split.test), "fingerprint": _fingerprint(per_user)},
         "config": dict(facts.config),
@@ -205,6 +204,7 @@ def _per_user(
     items = dataset.interactions.items
     targets = items[split.test.target]
     values = measure_matrix(ranking, measures)
+    popularity = training_counts(dataset.interactions, split.train_end, dataset.item_count)
     columns: dict[str, Any] = {
         "user_id": [dataset.user_ids[user] for user in split.test.user],
         "target_item_id": [dataset.catalog.ids[target - 1] for target in targets],
@@ -213,7 +213,9 @@ def _per_user(
         "candidates": ranking.candidates,
         "reachable": ranking.reachable,
         "history_length": _history_lengths(dataset, split.test),
-        "target_train_count": _train_counts(dataset, split)[targets],
+        "target_train_count": training_counts(
+            dataset.interactions, split.train_end, dataset.item_count
+        )[targets],
     }
     columns |= {str(measure): values[:, i] for i, measure in enumerate(measures)}
     return pl.DataFrame(columns)
@@ -222,14 +224,6 @@ def _per_user(
 def _history_lengths(dataset: Dataset, cases: Cases) -> Int64:
     """Visible interactions of each case, (C,)."""
     return cases.end - dataset.interactions.offsets[cases.user]
-
-
-def _train_counts(dataset: Dataset, split: Split) -> Int64:
-    """How often each item occurs in the users' training parts, (N + 1,)."""
-    interactions = dataset.interactions
-    ends = split.train_end[interactions.users()]
-    trained = interactions.items[np.arange(len(interactions.items)) < ends]
-    return np.bincount(trained, minlength=dataset.item_count + 1)
 
 
 def _metrics(ranking: Ranking, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
@@ -241,10 +235,11 @@ def _metrics(ranking: Ranking, measures: Sequence[Measure]) -> dict[str, dict[st
     }
 
 
-def _protocol(facts: RunFacts, split: Split) -> dict[str, Any]:
+def _protocol(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]:
     """Every rule that moves numbers, with its setting."""
     return {
-        "order": facts.order,
+        "order": dataset.order,
+        "order_of_ties": "file",
         "split": facts.split,
         "fit_on": facts.fit_on,
         "candidates": int(split.test_candidates.sum()),
