@@ -213,9 +213,7 @@ def _per_user(
         "candidates": ranking.candidates,
         "reachable": ranking.reachable,
         "history_length": _history_lengths(dataset, split.test),
-        "target_train_count": training_counts(
-            dataset.interactions, split.train_end, dataset.item_count
-        )[targets],
+        "target_train_count": popularity[targets],
     }
     columns |= {str(measure): values[:, i] for i, measure in enumerate(measures)}
     return pl.DataFrame(columns)
