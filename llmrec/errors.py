@@ -19,9 +19,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def exit_code(function: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run an entry point; a `UsageError` becomes one line on stderr and exit code 2."""
+    """Run an entry point: a `UsageError` is one line and exit code 2, Ctrl-C one line and 130."""
     try:
         return function(argv)
     except UsageError as error:
         sys.stderr.write(f"llmrec: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("llmrec: interrupted; what was finished is kept.\n")
+        return 130

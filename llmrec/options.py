@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +25,17 @@ def parser_for(
     """A parser of ``--config FILE`` and one ``--dotted.option`` for each field of a dataclass."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--group.option VALUE ...]",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")
     parser.add_class_arguments(config_class, as_group=False)
+    for action in parser._actions:  # whole groups are set in a file, not on the command line
+        if action.dest == "print_config" or _is_group(config_class, action.dest):
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -38,6 +47,7 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
     """
     parser = parser_for(config_class, prog, description)
     known = {"config", "help", *_names(parser.get_defaults().as_dict())}
+    groups = {name for name in known if _is_group(config_class, name)}
     files, rest = _config_files(list(argv))
     for file in files:
         for name in _names(_read_yaml(file)):
@@ -46,7 +56,9 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
     for word in rest:
         name = word[2:].split("=")[0]
         if word.startswith("--") and name not in known:
-            raise UsageError(f"unknown option --{name}: {nearest(name, known)}")
+            raise UsageError(f"unknown option --{name}: {nearest(name, known - groups)}")
+        if word.startswith("--") and name in groups:
+            raise UsageError(f"--{name} is a group; name one of its options, as --help lists them.")
     try:
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *rest])
         values = parser.instantiate(namespace)
@@ -80,6 +92,14 @@ _Dumper.add_implicit_resolver(
 
 def _top(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
+
+
+def _is_group(config_class: type, name: str) -> bool:
+    """Whether a dotted name stands for a nested dataclass."""
+    types: Any = config_class
+    for part in name.split("."):
+        types = typing.get_type_hints(types).get(part) if dataclasses.is_dataclass(types) else None
+    return dataclasses.is_dataclass(types)
 
 
 def _names(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

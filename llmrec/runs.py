@@ -1,10 +1,10 @@
 """The run folder, and the only writer of artefacts: under a temporary name, renamed when whole.
 
-runs/NAME/config.yaml               the resolved config
-runs/NAME/journal.jsonl             a line per epoch
-runs/NAME/checkpoints/epoch-007/    model.safetensors and manifest.json, the best epoch's so far
-runs/NAME/per_user.parquet          written after the test evaluation
-runs/NAME/result.json               written last: where it exists, the run is finished
+runs/NAME/config.yaml                   the resolved config
+runs/NAME/fit-journal.jsonl             a line per epoch; refit-journal.jsonl for a refit
+runs/NAME/checkpoints/fit-epoch-007/    model.safetensors, manifest.json: the best epoch so far
+runs/NAME/per_user.parquet              written after the test evaluation
+runs/NAME/result.json                   written last: where it exists, the run is finished
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from llmrec.errors import UsageError
 
 RESULT, CONFIG, JOURNAL, CHECKPOINTS = "result.json", "config.yaml", "journal.jsonl", "checkpoints"
 MANIFEST = "manifest.json"
-LEFTOVERS = (RESULT, "*.parquet", f"*{JOURNAL}", CHECKPOINTS, "events.out.tfevents.*")
+LEFTOVERS = (
+    RESULT,
+    "*.parquet",
+    f"*{JOURNAL}",
+    CHECKPOINTS,
+    "events.out.tfevents.*",
+    ".*.parquet.*",
+)
 """What a run writes beside its config; the result comes first, for it vouches for the others."""
 
 

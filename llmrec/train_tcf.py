@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from llmrec.data.batches import NegativeSampler, TrainingRows, windows
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import DataConfig, load_dataset
-from llmrec.data.splits import SplitConfig, fit_ends, split, training_counts
+from llmrec.data.splits import SplitConfig, fit_ends, split, summary, training_counts
 from llmrec.encoders.store import Encoded, encode_catalog
 from llmrec.encoders.text import EncoderConfig
 from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features
@@ -50,11 +50,9 @@ from llmrec.models.optim import OptimConfig, parameter_groups, rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sasrec import USER_MODELS, UserModelConfig
 from llmrec.options import as_dict, as_yaml, parse
-from llmrec.progress import progress_bar
+from llmrec.progress import EpochLog, progress_bar
 from llmrec.runs import (
     CHECKPOINTS,
-    JOURNAL,
-    Journal,
     check_folder,
     check_vacant,
     new_folder,
@@ -65,8 +63,6 @@ from llmrec.runs import (
 Part = Literal["valid", "test"]
 HISTORIES = 512
 """Histories encoded at once in an evaluation."""
-QUICKSTART = ["--config", "configs/tcf/quickstart.yaml"]
-"""What no options at all mean."""
 PROG, DESCRIPTION = (
     "llmrec train",
     "Train one recommender, select it on validation, score it once on test.",
@@ -96,10 +92,15 @@ class RunConfig:
     tensorboard: bool = False
     """Whether curves are also written for TensorBoard (extra `report`)."""
 
+    def __post_init__(self) -> None:
+        """Refuse seeds that not every random generator takes."""
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"run.seed={self.seed} must lie in [0, 2**32).")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run."""
+    """Everything that decides a run; the defaults are the quick start's text model."""
 
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def configure(argv: Sequence[str]) -> TrainConfig:
     """The config of a command line, with the run's label and folder filled in."""
-    config = parse(TrainConfig, argv or QUICKSTART, PROG, DESCRIPTION)
+    config = parse(TrainConfig, argv, PROG, DESCRIPTION)
     Measure.parse(config.run.select)
     label = config.run.label or _label(config)
     data = Path(config.data.source).stem
@@ -181,7 +182,11 @@ def run(argv: Sequence[str]) -> int:
     config = configure(argv)
     accelerator = start(config)
     console = Console(
-        stderr=True, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
+        stderr=True,
+        quiet=not accelerator.is_main_process,
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
     check_vacant(Path(config.run.folder), config.run.overwrite)
     dataset = load_dataset(config.data)
@@ -193,6 +198,7 @@ def run(argv: Sequence[str]) -> int:
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"{'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
     )
+    console.print(f"  {summary(dataset, task.split)}")
     learns = config.model.name not in BASELINES
     encoded = prepare(task) if learns else None  # may refuse, so before the folder is made
     if accelerator.is_main_process:
@@ -246,9 +252,10 @@ def prepare(task: Task) -> Encoded | None:
     ends = fit_ends(task.dataset.interactions, config.split, "train")
     rows = TrainingRows.of(task.dataset.interactions, ends, config.model.max_length)
     if not len(rows):
-        raise UsageError(
-            "no user has two training interactions. Lower split.valid_share or give more data."
-        )
+        way_out = "Raise data.max_user_interactions to 4 or more, or give longer histories."
+        if config.split.method == "temporal":
+            way_out = "Lower split.valid_share and split.test_share, or give longer histories."
+        raise UsageError(f"no user has two interactions to train on. {way_out}")
     share = accelerator.num_processes * config.optim.accumulate
     if min(config.optim.batch_size, len(rows)) < share:
         raise UsageError(
@@ -275,6 +282,8 @@ def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict
         ends = fit_ends(interactions, config.split, "train+valid")
         refitted = fit(task, encoded, ends, refit_epochs=fitted.epoch)
         cost |= {f"refit_{name}": value for name, value in refitted.cost.items()}
+        for name in ("train_seconds", "flops"):
+            cost[name] += refitted.cost[name]
         model = refitted.model
     if encoded is not None:
         cost |= {f"encode_{name}": value for name, value in encoded.cost.items()}
@@ -327,12 +336,7 @@ def fit(
     if accelerator.process_index:  # the weights come from the first process, dropout is one's own
         torch.manual_seed(config.run.seed + accelerator.process_index)
     stage = "fit" if refit_epochs is None else "refit"
-    journal = Journal(task.folder / f"{stage}-{JOURNAL}") if accelerator.is_main_process else None
-    curves = None
-    if journal and config.run.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # of the extra `report`
-
-        curves = SummaryWriter(str(task.folder))
+    log = EpochLog(task.folder, stage, config.run.select, task.console, config.run.tensorboard)
     best, best_epoch, validation, train_seconds = -math.inf, 0, None, 0.0
     for epoch in range(1, (refit_epochs or config.optim.epochs) + 1):
         began = time.perf_counter()
@@ -342,23 +346,13 @@ def fit(
         if refit_epochs is None:
             ranking = evaluate(task, model, "valid")
             score = float(Measure.parse(config.run.select).per_case(ranking).mean())
-        if journal:
-            numbers = {"loss": loss, "lr": scheduler.get_last_lr()[0]}
-            if refit_epochs is None:
-                numbers[config.run.select] = score
-            journal.add(epoch=epoch, seconds=seconds, **numbers)
-            if curves:
-                for name, value in numbers.items():
-                    curves.add_scalar(f"{stage}/{name}", value, epoch)
-            shown = "" if math.isnan(score) else f", valid {config.run.select} {score:.4f}"
-            task.console.print(f"  {stage} epoch {epoch}: loss {loss:.4f}{shown}, {seconds:.1f} s")
+        log.add(epoch, seconds, loss, float(scheduler.get_last_lr()[0]), score)
         if refit_epochs is not None or score > best:
             best, best_epoch, validation = score, epoch, ranking if refit_epochs is None else None
             save(task, model, stage, epoch)
         elif epoch - best_epoch >= config.optim.patience:
             break
-    if curves:
-        curves.close()
+    log.close()
     accelerator.wait_for_everyone()
     load(task, model, stage, best_epoch)
     cost = {
@@ -385,7 +379,8 @@ def train_epoch(task: Task, learner: Learner, epoch: int) -> float:
         for number, batch in enumerate(batches, start=1):
             summed += train_step(task, learner, batch, draws)
             positions += int(learner.rows.lengths[batch].sum())
-            accelerator.clip_grad_norm_(learner.model.parameters(), optim.clip)
+            if optim.clip != "off":
+                accelerator.clip_grad_norm_(learner.model.parameters(), optim.clip)
             learner.optimizer.step()
             learner.scheduler.step()
             learner.optimizer.zero_grad()
@@ -393,7 +388,7 @@ def train_epoch(task: Task, learner: Learner, epoch: int) -> float:
             if (number % 50 == 0 or number == len(batches)) and not torch.isfinite(summed):
                 raise UsageError(
                     f"the loss is not finite in epoch {epoch}, by step {number}. Lower "
-                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip:g}; nothing of this "
+                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip}; nothing of this "
                     "epoch was written."
                 )
     return float(accelerator.reduce(summed, "sum")) / positions

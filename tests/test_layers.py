@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [  # 0 first; a name covers the modules below it
-    "errors progress",
+    "errors",
     "resources runs doctor",
-    "options",
+    "options progress",
     "data.interactions",
     "evaluation.ranking evaluation.metrics evaluation.significance evaluation.slices encoders.text "
     "data",

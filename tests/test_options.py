@@ -120,7 +120,7 @@ def test_where_nothing_is_near_all_are_listed():
         ("--optim.lr=fast", "--optim.lr got fast but takes float."),
         ("--fast=perhaps", "--fast got perhaps but takes bool."),
         ("--name=image", "--name got image but takes one of 'id', 'text'."),
-        ("--optim=1", "--optim is a group. Set its options one by one; --help lists them."),
+        ("--optim=1", "--optim is a group; name one of its options, as --help lists them."),
         ("--optim.epochs=0", "optim.epochs=0 must be at least 1."),
     ],
 )

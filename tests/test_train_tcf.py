@@ -62,6 +62,36 @@ def test_the_written_config_gives_the_same_config(finished):
     assert resolved == train_tcf.resolve(command(finished))
 
 
+def test_no_options_mean_the_quick_starts_text_model():
+    shipped = train_tcf.resolve(["--config=configs/tcf/quickstart.yaml"])
+    assert train_tcf.resolve([]) == shipped
+    assert shipped["tower"]["name"] == "text" and shipped["data"]["source"] == "simulated"
+
+
+def test_a_run_says_what_reading_and_splitting_dropped(tmp_path, capsys):
+    train(tmp_path / "run", model__name="popularity", data__min_user_interactions=8)
+    said = capsys.readouterr().err
+    assert "ordered by timestamp" in said and "users dropped (too few interactions)" in said
+    assert "training interactions after some test target" in said
+
+
+def test_clipping_changes_the_steps_unless_it_is_off(tmp_path):
+    losses = {
+        clip: journal(train(tmp_path / str(clip), optim__clip=clip))[1]["loss"]
+        for clip in ("off", 1e6, 1e-9)
+    }
+    assert losses["off"] == losses[1e6] != losses[1e-9]
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmrec.train_tcf.train_epoch", interrupted)
+    assert train_tcf.main(command(tmp_path / "run")) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("llmrec: interrupted")
+
+
 def test_label_and_folder_are_named_after_data_model_tower_and_control():
     named = train_tcf.resolve(words({"tower.name": "text", "tower.control": "shuffled"}))["run"]
     assert named["label"] == "sasrec-text-shuffled"
@@ -130,6 +160,9 @@ def test_refitting_trains_on_validation_too_for_the_selected_epochs(finished, tm
     assert len(journal(refitted, "refit")) == record(refitted)["cost"]["refit_epochs"] == selected
     assert record(refitted)["metrics"]["valid"] == record(finished)["metrics"]["valid"]
     assert record(refitted)["metrics"]["test"] != record(finished)["metrics"]["test"]
+    cost, first = record(refitted)["cost"], record(finished)["cost"]
+    assert cost["flops"] == first["flops"] + cost["refit_flops"]  # the table's figure covers both
+    assert cost["train_seconds"] > cost["refit_train_seconds"] > 0
     check_folder(checkpoint(refitted, "refit"), "")
 
 

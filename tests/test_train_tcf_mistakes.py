@@ -33,6 +33,10 @@ def check(said, *expected):
 MISTAKES = {
     "a missing file": ({"data__source": "nowhere.csv"}, ["nowhere.csv", "LLMREC_DATA"]),
     "an unknown option": ({"tower__nme": "id"}, ["--tower.nme", "did you mean tower.name?"]),
+    "a negative seed": ({"run__seed": -1}, ["run.seed=-1"]),
+    "negative weight decay": ({"optim__weight_decay": -1}, ["optim.weight_decay=-1"]),
+    "no heads": ({"model__heads": 0}, ["model.width, blocks, heads"]),
+    "a control of text without text": ({"tower__control": "shuffled"}, ["tower.name=id does not"]),
     "a group instead of an option": ({"tower": "id"}, ["--tower is a group"]),
     "a wrong type": ({"optim__epochs": "many"}, ["--optim.epochs got many", "int"]),
     "an unknown choice": ({"loss__name": "hinge"}, ["--loss.name got hinge", "full_softmax"]),
@@ -79,7 +83,7 @@ def test_data_that_cannot_be_used_leaves_nothing(tmp_path, content, expected):
 def test_users_with_one_training_interaction_each_leave_nothing_to_learn(tmp_path):
     source = table(tmp_path, rows=[row for row in ROWS if row[-1] in "012"])
     changes = {"data__source": source, "data__min_user_interactions": 3}
-    check(refusal(tmp_path / "run", **changes), "no user has two training interactions")
+    check(refusal(tmp_path / "run", **changes), "no user has two interactions to train on")
     assert not (tmp_path / "run").exists()
 
 

@@ -256,6 +256,22 @@ def _counts(dataset: Dataset, result: Split) -> dict[str, int]:
     return counts
 
 
+def summary(dataset: Dataset, cut: Split) -> str:
+    """What reading, filtering and splitting dropped or found, in one line."""
+    counts = dataset.counts | cut.counts
+    shown = {
+        "users_dropped_too_few_interactions": "users dropped (too few interactions)",
+        "interactions_dropped_beyond_most_recent": "interactions dropped (beyond the most recent)",
+        "items_with_empty_text": "items without text",
+        "interactions_tied_in_order": "interactions tied in their order",
+        "test_targets_repeated": "test targets met before",
+        "test_targets_cold": "test targets never trained on",
+        "train_interactions_after_a_test_target": "training interactions after some test target",
+    }
+    found = [f"{counts[name]} {words}" for name, words in shown.items() if counts.get(name)]
+    return "; ".join([f"ordered by {dataset.order}", *found])
+
+
 def _first_positions(interactions: Interactions, item_count: int) -> Int64:
     """For every interaction, where the same user met the same item first, (T,)."""
     pairs = interactions.users().astype(np.int64) * (item_count + 1) + interactions.items  # (T,)

@@ -28,16 +28,22 @@ class TowerConfig:
     projection_layers: int = 2
     """Linear + GELU layers from the encoder's vector to the user model; 2 as in TCF's SASRec."""
     projection_width: int | Literal["model"] = "model"
-    """Width between projection layers: model.width, or a number; text gains from twice that."""
+    """Width between projection layers: model.width, or a number; such as three times that."""
     projection_dropout: float = 0.1
     """Dropout before each projection layer but the first."""
-    whiten: bool = False
-    """Whether text vectors are centred and decorrelated over the catalogue first."""
+    whiten: bool = True
+    """Whether text vectors are centred and decorrelated over the catalogue first: mean-pooled ones
+    share a large common direction, which slows training."""
     control: Literal["none", "shuffled", "random"] = "none"
     """What replaces the true text vectors: nothing, the same shuffled among items, or noise."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
+        if self.name == "id" and self.control != "none":
+            raise UsageError(
+                f"tower.control={self.control} replaces text, which tower.name=id does not read. "
+                "Leave it out, or use tower.name=text."
+            )
         if self.projection_layers < 1:
             raise UsageError(
                 f"tower.projection_layers={self.projection_layers} must be at least 1."
@@ -135,10 +141,12 @@ def prepare_features(
 ) -> NDArray[np.float32]:
     """Whiten text vectors, or put a control in their place; (N, H) -> (N, H)."""
     rng = np.random.default_rng(seed)
-    if config.control == "random":
-        return rng.normal(vectors.mean(), vectors.std(), vectors.shape).astype(np.float32)
     if config.whiten:
         vectors = whiten(vectors)
+    if config.control == "random":  # noise of the same spread, and nothing where there is no text
+        filled = np.any(vectors != 0, axis=1)
+        noise = rng.normal(0, vectors[filled].std(), vectors.shape)
+        return (filled[:, None] * noise).astype(np.float32)
     return vectors[rng.permutation(len(vectors))] if config.control == "shuffled" else vectors
 
 

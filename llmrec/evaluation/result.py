@@ -46,9 +46,9 @@ class RunFacts:
     data_source: str
     """Where the data came from: the reader and its file, or ``simulated``."""
     split: str
-    """leave_one_out, temporal or ratio."""
-    filter_seen: bool | str
-    """True, False or "papers"."""
+    """leave_one_out or temporal."""
+    filter_seen: str
+    """true, false or papers."""
     fit_on: str
     """train or train+valid."""
     selection: str
@@ -89,12 +89,51 @@ class Result:
         )
         return measure_matrix(ranking, measures)
 
-    def one_line(self) -> str:
-        """The test means in short, for the end of a run."""
-        means = self.record["metrics"]["test"]
-        shown = [name for name in ("HR@10", "NDCG@10") if name in means] or list(means)[:2]
-        values = ", ".join(f"{name} {means[name]['mean']:.4f}" for name in shown)
-        return f"{values} ({self.record['cases']['count']:,} test cases)"
+    def identity(self) -> dict[str, Any]:
+        """What decided its numbers; see `identity`."""
+        encoder = self.record["cost"].get("encoder") or {}
+        fingerprint = self.record["data"]["fingerprint"]
+        return identity(self.record["config"], fingerprint, encoder.get("weights"))
+
+
+MOVES_NO_NUMBER = frozenset(
+    {
+        "run.folder", "run.overwrite", "run.store", "run.tensorboard",
+        "evaluation.block_megabytes", "loss.chunk_megabytes", "encoder.batch_tokens",
+    }
+)  # fmt: skip
+"""Options that change where a run is written or how fast it goes, never what it finds."""
+
+
+def identity(
+    config: Mapping[str, Any], fingerprint: str, weights: str | None = None
+) -> dict[str, Any]:
+    """What decides a run's numbers, by name: runs that agree in it are the same run.
+
+    Args:
+        config: The resolved config, nested.
+        fingerprint: `Dataset.fingerprint` of the data as it is now; the config only names it.
+        weights: What tells the encoder's files from any other's, where text is read.
+    """
+    options = flatten(json.loads(json.dumps(config, default=str)))
+    decisive = {name: value for name, value in options.items() if name not in MOVES_NO_NUMBER}
+    return decisive | {"data fingerprint": fingerprint, "encoder weights": weights}
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Names under which two identities disagree, in their order."""
+    return [name for name in {**a, **b} if a.get(name) != b.get(name)]
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options as dotted ones: ``{tower: {name: id}}`` -> ``{"tower.name": "id"}``."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def build_result(

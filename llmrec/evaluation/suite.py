@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,9 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmrec import resources, runs
+from llmrec.data.readers import load_dataset
 from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation.metrics import Measure
-from llmrec.evaluation.result import Result, read_result
+from llmrec.evaluation.result import Result, differing, flatten, identity, read_result
+from llmrec.options import as_dict
 from llmrec.reporting.tables import (
     DEFAULT_MEASURES,
     Question,
@@ -31,13 +34,22 @@ from llmrec.reporting.tables import (
 Options: TypeAlias = dict[str, Any]
 """Options of the train entry point by dotted name."""
 
-HELP = """usage: llmrec evaluate SUITE.yaml [--out FOLDER] [--seeds 0,1,2] [--dotted.option VALUE]
+HELP = """usage: llmrec evaluate SUITE.yaml [--out FOLDER] [--seeds 0,1,2] [--overwrite]
+                              [--dotted.option VALUE]
 
-Trains every row x seed of the suite, keeps those that are finished with the same config, and
-prints the comparison. A dotted option of the train command applies to every row:
+Trains every row x seed of the suite and prints the comparison. Runs in the out folder that are
+finished with the same config, data and encoder are kept; finished runs that differ are refused,
+or replaced with --overwrite. A dotted option of the train command applies to every row:
   llmrec evaluate eval/quickstart.yaml --data.source my.csv --out runs/mine"""
 
 _KEYS = ("title", "question", "baseline", "measures", "contrasts", "base", "seeds", "rows", "out")
+_DECIDED = {
+    "run.seed": "--seeds, or seeds in the suite",
+    "run.label": "the labels of the suite's rows",
+    "run.folder": "--out, or out in the suite",
+    "run.overwrite": "--overwrite",
+}
+"""Options that a suite sets for every run itself, and what asks for them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,8 @@ class Suite:
     base: Options = field(default_factory=dict)
     """Options shared by all rows."""
     seeds: Sequence[int] = (0,)
+    overwrite: bool = False
+    """Whether finished runs of another config or data may be replaced."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,8 @@ def read_suite(path: Path) -> Suite:
     for label in (suite.baseline, *(label for pair in suite.contrasts for label in pair)):
         if label not in rows:
             raise UsageError(f"{path} names {label!r}, which is no row: {nearest(label, rows)}")
+    for options in (suite.base, *rows.values()):
+        _refuse_decided(str(path), options)
     return suite
 
 
@@ -114,45 +130,46 @@ def _found(path: Path) -> Path:
     return resources.shipped("eval", name) if shipped else path
 
 
-def flatten(options: Mapping[str, Any], prefix: str = "") -> Options:
-    """Options as dotted ones: ``{tower: {name: id}}`` -> ``{"tower.name": "id"}``."""
-    flat: Options = {}
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def override(suite: Suite, words: Sequence[str]) -> Suite:
-    """Apply the command line: ``--out``, ``--seeds``, and dotted options for every row."""
-    out, seeds, shared = suite.out, suite.seeds, {}
+    """Apply the command line: --out, --seeds, --overwrite, and dotted options for every row."""
+    shared: Options = {}
     words = list(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             raise UsageError(
-                f"Unexpected {word!r}. Options are --out, --seeds and --dotted.option VALUE."
+                f"Unexpected {word!r}. Options are --out, --seeds, --overwrite and --dotted.option "
+                "VALUE."
             )
+        if word == "--overwrite":
+            suite = replace(suite, overwrite=True)
+            continue
         name, given, value = word[2:].partition("=")
+        if name not in ("out", "seeds") and "." not in name:
+            raise UsageError(
+                f"Unknown option {word}: {nearest(name, ('out', 'seeds', 'overwrite'))} "
+                "Options of the train command are dotted, such as --data.source."
+            )
         if not given:
             if not words:
                 raise UsageError(f"--{name} needs a value, such as --{name}=VALUE.")
             value = words.pop(0)
         if name == "out":
-            out = Path(value)
+            suite = replace(suite, out=Path(value))
         elif name == "seeds":
-            seeds = _seeds(Path("--seeds"), yaml.safe_load(f"[{value.strip('[]')}]"))
-        elif "." in name:
-            shared[name] = value
+            suite = replace(suite, seeds=_seeds(Path("--seeds"), _whole_numbers(value)))
         else:
+            shared[name] = value
+    _refuse_decided("The command line", shared)
+    return replace(suite, rows={label: {**row, **shared} for label, row in suite.rows.items()})
+
+
+def _refuse_decided(where: str, options: Options) -> None:
+    for name, instead in _DECIDED.items():
+        if name in options:
             raise UsageError(
-                f"Unknown option --{name}: {nearest(name, ('out', 'seeds'))} "
-                "Options of the train command are dotted, such as --data.source."
+                f"{where} sets {name}, which a suite decides for each of its runs: use {instead}."
             )
-    rows = {label: {**options, **shared} for label, options in suite.rows.items()}
-    return Suite(**{**suite.__dict__, "rows": rows, "out": out, "seeds": seeds})
 
 
 def cells(suite: Suite) -> list[Cell]:
@@ -189,29 +206,70 @@ def _pairs(path: Path, contrasts: Any) -> list[tuple[str, str]]:
     return [(str(a), str(b)) for a, b in contrasts]
 
 
+def _whole_numbers(text: str) -> list[int]:
+    """``0,1,2`` -> [0, 1, 2]; nothing where it is anything else."""
+    try:
+        return [int(number) for number in text.strip("[]").split(",")]
+    except ValueError:
+        return []
+
+
 def _seeds(path: Path, seeds: Any) -> list[int]:
-    whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    whole = isinstance(seeds, list) and all(type(s) is int and 0 <= s < 2**32 for s in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"{path}: seeds must be distinct whole numbers, such as [0, 1, 2].")
+        raise UsageError(
+            f"{path}: seeds must be distinct whole numbers from 0 on, such as [0, 1, 2]."
+        )
     return list(seeds)
 
 
-def finished(cell: Cell, config: Mapping[str, Any]) -> Result | None:
-    """The result a cell's folder already holds, if it came from the same config."""
-    if not (cell.folder / runs.RESULT).exists():
-        return None
+def identities(found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What decides each cell's numbers: its config, its data and its encoder as they are now.
+
+    Raises:
+        UsageError: A misspelt option, data that cannot be read, an encoder that is not there.
+    """
+    from llmrec.encoders.text import locate
+    from llmrec.models.baselines import BASELINES
+    from llmrec.train_tcf import configure
+
+    # All of them first: a misspelt option in the last row should not be found after an hour.
+    configs = [configure(cell.argv) for cell in found]
+    fingerprint = functools.cache(lambda data: load_dataset(data).fingerprint())
+    weights = functools.cache(lambda encoder: locate(encoder).identity)
+    reads_text = [c.tower.name != "id" and c.model.name not in BASELINES for c in configs]
+    return [
+        identity(
+            as_dict(config), fingerprint(config.data), weights(config.encoder) if text else None
+        )
+        for config, text in zip(configs, reads_text, strict=True)
+    ]
+
+
+def finished(cell: Cell) -> Result | None:
+    """The result that a cell's folder holds; none where it is damaged, so that it is run again."""
     try:
-        result = read_result(cell.folder)
+        return read_result(cell.folder)
     except UsageError:
-        return None  # damaged: it is run again
-    same = _identity(result.record["config"]) == _identity(config)
-    return result if same else None
+        return None
 
 
-def _identity(config: Mapping[str, Any]) -> Any:
-    """A resolved config less what moves no number, as JSON would give it back."""
-    run = {k: v for k, v in config.get("run", {}).items() if k not in ("folder", "overwrite")}
-    return json.loads(json.dumps({**config, "run": run}, default=str))
+def _refuse_others(suite: Suite, todo: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
+    """Finished runs that are not the suite's: hours of somebody's that nobody said may go."""
+    found = []
+    for cell, wanted in todo:
+        result = finished(cell)
+        held = result.identity() if result else wanted
+        found += [(name, held.get(name), wanted.get(name)) for name in differing(held, wanted)[:1]]
+    if found and not suite.overwrite:
+        name, *values = found[0]
+        was, wanted_now = (re.sub(r"^([0-9a-f]{12})[0-9a-f]{28,}$", r"\1", str(v)) for v in values)
+        runs_come = "finished run comes" if len(found) == 1 else "finished runs come"
+        raise UsageError(
+            f"{len(found)} {runs_come} from another config or data in {suite.out} (first "
+            f"difference: {name} {was} -> {wanted_now}). Give other runs another --out, or replace "
+            "these with --overwrite."
+        )
 
 
 def _train(cell: Cell) -> str:
@@ -245,16 +303,15 @@ def _train(cell: Cell) -> str:
 
 def run_suite(suite: Suite, out: Console) -> int:
     """Train what is missing, show the table, write it beside the runs; 1 if a cell failed."""
-    from llmrec.train_tcf import resolve
-
-    # All of them first: a misspelt option in the last row should not be found after an hour.
-    todo = [(cell, resolve(cell.argv)) for cell in cells(suite)]
+    found = cells(suite)
+    todo = list(zip(found, identities(found), strict=True))
+    _refuse_others(suite, todo)
     results: list[Result] = []
     failed: list[str] = []
-    for place, (cell, config) in enumerate(todo, start=1):
+    for place, (cell, wanted) in enumerate(todo, start=1):
         name = f"[{place}/{len(todo)}] {cell.label}, seed {cell.seed}"
-        result = finished(cell, config)
-        if result is not None:
+        result = finished(cell)  # looked up again: another process may have finished it meanwhile
+        if result is not None and not differing(result.identity(), wanted):
             out.print(escape(f"{name}: finished before, kept ({cell.folder})"), style="dim")
         else:
             changed = (cell.folder / runs.RESULT).exists()

@@ -23,8 +23,9 @@ class LossConfig:
     """What training minimises, averaged over all positions of a step."""
 
     name: Literal["full_softmax", "in_batch", "bce"] = "full_softmax"
-    """full_softmax: cross-entropy over all items; in_batch: debiased softmax over the batch's items
-    (TCF, MoRec); bce: binary cross-entropy with uniform negatives for each position (SASRec)."""
+    """full_softmax: cross-entropy over all items; in_batch: debiased softmax over the items that a
+    process meets in one piece of a step (TCF, MoRec), so optim.accumulate and the number of
+    processes change it; bce: binary cross-entropy with uniform negatives per position (SASRec)."""
     negatives: int = 1
     """K, uniform negatives per position; used by bce alone."""
     chunk_megabytes: int = 8

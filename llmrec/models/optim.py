@@ -15,13 +15,14 @@ from llmrec.errors import UsageError
 class OptimConfig:
     """How weights are moved."""
 
-    epochs: int = 30
+    epochs: int = 15
     """Most passes over the training rows; also the length of the cosine schedule."""
     batch_size: int = 128
     """Users per step, over all processes and accumulated pieces together."""
     accumulate: int = 1
-    """Pieces a process cuts its share of a step into, one after the other, to save memory."""
-    lr: float = 1e-3
+    """Pieces a process cuts its share of a step into, one after the other, to save memory. With
+    loss.name=in_batch each piece has only its own items as negatives."""
+    lr: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
     """Decoupled decay of weight matrices; never of norms, biases, positions and item tables."""
@@ -29,8 +30,8 @@ class OptimConfig:
     """Share of all steps in which the rate rises linearly; then it falls."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """The rate after warm-up: down to a tenth along a cosine, or unchanged."""
-    clip: float = 1.0
-    """Largest norm of the gradient; inf to leave it."""
+    clip: float | Literal["off"] = 1.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
     patience: int = 4
     """Epochs without a better validation score before training stops."""
 
@@ -39,9 +40,12 @@ class OptimConfig:
         for name in ("epochs", "batch_size", "accumulate", "patience"):
             if getattr(self, name) < 1:
                 raise UsageError(f"optim.{name}={getattr(self, name)} must be at least 1.")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"optim.{name}={getattr(self, name)} must be above 0.")
+        if not self.lr > 0:
+            raise UsageError(f"optim.lr={self.lr} must be above 0.")
+        if self.clip != "off" and not self.clip > 0:
+            raise UsageError(f"optim.clip={self.clip} must be above 0, or off.")
+        if not self.weight_decay >= 0:
+            raise UsageError(f"optim.weight_decay={self.weight_decay} must not be below 0.")
         if not 0 <= self.warmup_share < 1:
             raise UsageError(f"optim.warmup_share={self.warmup_share} must lie in [0, 1).")
 

@@ -24,7 +24,7 @@ class UserModelConfig:
     """The user model; popularity and random are rows to compare with, without gradients."""
     width: int = 64
     """D, of item and user vectors alike."""
-    blocks: int = 2
+    blocks: int = 1
     """Transformer blocks."""
     heads: int = 2
     """Attention heads; must divide width."""
@@ -35,12 +35,12 @@ class UserModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
+        if min(self.width, self.blocks, self.heads, self.max_length) < 1:
+            raise UsageError("model.width, blocks, heads and max_length must be at least 1.")
         if self.width % self.heads:
             raise UsageError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}."
             )
-        if min(self.width, self.blocks, self.heads, self.max_length) < 1:
-            raise UsageError("model.width, blocks, heads and max_length must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"model.dropout={self.dropout} must lie in [0, 1).")
 

@@ -13,11 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llmrec import runs
 from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation.metrics import Float64, Measure
-from llmrec.evaluation.result import Result, read_result
+from llmrec.evaluation.result import Result, differing, read_result
 from llmrec.evaluation.significance import bootstrap, compare, holm
 
 DEFAULT_MEASURES = ("HR@10", "NDCG@10")
@@ -37,11 +38,36 @@ COST_COLUMNS = {
 
 _SAME = {
     "cases": "the test users and targets",
+    "split": "the split",
+    "interactions": "the number of interactions",
     "candidates": "the number of candidates",
     "filter_seen": "filter_seen",
     "fit_on": "fit_on",
 }
 """What all runs of a table must share."""
+_ONE_ROW = {"run.seed", "run.label"}
+"""All that the runs of one row may differ in, besides options that move no number."""
+
+_READ = {"users_read": "users", "interactions_read": "interactions"}
+_DROPPED = {
+    "users_dropped_too_few_interactions": "users with too few interactions",
+    "interactions_dropped_with_their_user": "interactions with them",
+    "interactions_dropped_beyond_most_recent": "interactions before the most recent",
+    "items_dropped_without_interactions": "items without interactions",
+    "test_dropped_empty_history": "test users without history",
+    "test_dropped_cold": "cold test targets",
+}
+_KEPT = {
+    "users_too_short_to_judge": "users too short to judge",
+    "items_with_empty_text": "items without text",
+    "repeat_interactions": "repeat interactions",
+    "test_targets_repeated": "repeated test targets",
+    "test_targets_cold": "cold test targets",
+    "interactions_tied_in_order": "interactions tied in order",
+    "train_interactions_after_a_test_target": "training interactions after a test target "
+    "(leave-one-out's leak)",
+}
+"""Entries of a result's data counts that tables show where they are not zero, in words."""
 
 QUALITY_HEADINGS = ("row", "seeds", "mean [95 %]", "difference [95 %]", "p (Holm)")
 
@@ -113,11 +139,12 @@ def _check_comparable(results: Sequence[Result]) -> None:
     """Refuse runs whose numbers answer different questions."""
 
     def settings(result: Result) -> dict[str, Any]:
-        cases = {"cases": result.record["cases"]["fingerprint"]}
-        return {**result.record["protocol"], **cases}
+        record, size = result.record, result.record["data"]["interactions"]
+        return {**record["protocol"], "interactions": size, "cases": record["cases"]["fingerprint"]}
 
     first = settings(results[0])
-    for result in results[1:]:
+    by_template: dict[str, Result] = {}  # another text of the same data is a fair comparison
+    for result in results:
         other = settings(result)
         for key, what in _SAME.items():
             if first.get(key) != other.get(key):
@@ -126,6 +153,14 @@ def _check_comparable(results: Sequence[Result]) -> None:
                     f"{_called(results[0])} and {_called(result)} differ in {what}{values}, which "
                     "is never mixed within one table. Compare them apart or run one of them again."
                 )
+        data = result.record["data"]
+        same_text = by_template.setdefault(data["template_sha256"], result)
+        if data["fingerprint"] != same_text.record["data"]["fingerprint"]:
+            raise UsageError(
+                f"The data changed between {_called(same_text)} and {_called(result)} (fingerprint "
+                f"{same_text.record['data']['fingerprint'][:12]} and {data['fingerprint'][:12]}). "
+                "Compare them apart or run one of them again."
+            )
 
 
 def _called(result: Result) -> str:
@@ -143,7 +178,8 @@ def _rows(results: Sequence[Result]) -> dict[str, list[Result]]:
                     f"{_called(other)} and {_called(result)} are both {result.label} with seed "
                     f"{result.seed}. Leave one out, or give it a --run.label of its own."
                 )
-            changed = _differing(other.record["config"], result.record["config"])
+            changed = differing(other.identity(), result.identity())
+            changed = [name for name in changed if name not in _ONE_ROW]
             if changed:
                 raise UsageError(
                     f"{_called(other)} and {_called(result)} are both labelled {result.label} but "
@@ -151,11 +187,6 @@ def _rows(results: Sequence[Result]) -> dict[str, list[Result]]:
                 )
         row.append(result)
     return rows
-
-
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Top-level groups of two configs, ``run`` aside, that are not the same."""
-    return sorted(key for key in {*a, *b} - {"run"} if a.get(key) != b.get(key))
 
 
 def _means(values: Float64, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
@@ -259,9 +290,10 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"Data: {data['name']} ({data['source']}), {data['users']:,} users, "
         f"{data['items']:,} items, {data['interactions']:,} interactions, "
         f"fingerprint {data['fingerprint'][:12]}.",
+        _preparation(data["counts"], protocol["order"]),
         f"Protocol: {protocol['split']}, fit_on {protocol['fit_on']}, {record['cases']['count']:,} "
         f"test cases, {protocol['candidates']:,} candidates, "
-        f"filter_seen {str(protocol['filter_seen']).lower()}, ties {protocol['ties']}.",
+        f"filter_seen {protocol['filter_seen']}, ties {protocol['ties']}.",
         f"Differences are paired on the same users and taken to {record['baseline']}; p: sign-flip "
         f"permutation, Holm-corrected over the rows; * p < {ALPHA}. "
         "Bold: the best, where its difference to the baseline has a *.",
@@ -273,6 +305,17 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             "Several seeds: intervals and p cover users and seeds; costs are means per run."
         )
     return notes
+
+
+def _preparation(counts: Mapping[str, int], order: str) -> str:
+    """What was read, what was dropped of it, and what is odd about the rest, as far as any was."""
+
+    def listed(words: Mapping[str, str]) -> str:
+        return ", ".join(f"{counts[k]:,} {word}" for k, word in words.items() if counts.get(k))
+
+    parts = {"Read": listed(_READ), "Dropped": listed(_DROPPED), "Includes": listed(_KEPT)}
+    said = [f"{what}: {numbers}." for what, numbers in parts.items() if numbers]
+    return " ".join([*said, f"Ordered by {order}."])
 
 
 _CONTRAST_HEADINGS = ("contrast", "measure", "difference [95 %]", "p (Holm)")
@@ -302,10 +345,16 @@ def _print_grid(
 ) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold")
+        number = place > 0
+        table.add_column(
+            heading,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number and console.width >= WIDTH,  # a long label gives way to the numbers
+        )
     for place, row in enumerate(rows):
         strong = bool(bold) and bold[place]
-        table.add_row(*map(escape, row), style="bold" if strong else "")
+        table.add_row(*map(Text, row), style="bold" if strong else "")
     console.print(table)
 
 
@@ -392,8 +441,8 @@ def write_files(record: Mapping[str, Any], markdown: Path | None, json: Path | N
 
 def console() -> Console:
     """The terminal, or plain text of a fixed width where there is none."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
+    found = Console(emoji=False)  # a label such as a:x:b is shown as it is
+    return found if found.is_terminal else Console(width=WIDTH, emoji=False)
 
 
 def _compare(argv: Sequence[str]) -> int:

@@ -122,6 +122,8 @@ def test_order_follows_the_option(tmp_path: Path) -> None:
     assert sequences(load(path, order="position")) == {"u": ["a", "c", "b"]}
     assert sequences(load(path, order="file")) == {"u": ["a", "b", "c"]}
     assert load(path, order="position").interactions.timestamps is None
+    for order in ("timestamp", "position", "file"):
+        assert load(path, order=order).order == order  # what the result will say
 
 
 def test_ties_keep_the_order_of_the_file_whatever_the_ids(tmp_path: Path) -> None:

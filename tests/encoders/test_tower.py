@@ -11,18 +11,30 @@ FEATURES = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 
 
 def test_shuffled_text_is_the_same_rows_at_other_items():
-    shuffled = prepare_features(FEATURES, TowerConfig(control="shuffled"), seed=1)
+    shuffled = prepare_features(FEATURES, TowerConfig(control="shuffled", whiten=False), seed=1)
     assert sorted(map(tuple, shuffled)) == sorted(map(tuple, FEATURES))
     assert (shuffled != FEATURES).any(axis=1).mean() > 0.9
     np.testing.assert_array_equal(
-        shuffled, prepare_features(FEATURES, TowerConfig(control="shuffled"), seed=1)
+        shuffled, prepare_features(FEATURES, TowerConfig(control="shuffled", whiten=False), seed=1)
     )
 
 
-def test_random_vectors_share_nothing_but_the_shape():
-    noise = prepare_features(FEATURES, TowerConfig(control="random"), seed=1)
-    assert noise.shape == FEATURES.shape
-    assert abs(np.corrcoef(noise.ravel(), FEATURES.ravel())[0, 1]) < 0.2
+@pytest.mark.parametrize("whitened", [False, True])
+def test_random_vectors_have_the_spread_of_the_true_ones_and_nothing_else(whitened):
+    true = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    true[3] = 0  # an item without text
+    config = TowerConfig(control="random", whiten=whitened)
+    noise = prepare_features(true, config, seed=1)
+    expected = prepare_features(true, TowerConfig(whiten=whitened), seed=1)
+    assert noise.shape == expected.shape
+    assert not noise[3].any()
+    assert noise.std() == pytest.approx(expected.std(), rel=0.1)
+    assert abs(np.corrcoef(noise.ravel(), expected.ravel())[0, 1]) < 0.2
+
+
+def test_a_control_of_text_is_refused_where_no_text_is_read():
+    with pytest.raises(UsageError, match=r"tower\.control=shuffled replaces text, which tower"):
+        TowerConfig(name="id", control="shuffled")
 
 
 def test_whitened_vectors_are_centred_uncorrelated_and_of_unit_variance():

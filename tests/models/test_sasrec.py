@@ -101,3 +101,8 @@ def test_a_forward_pass_equals_a_few_lines_of_numpy(model):
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(UsageError, match=r"model\.width=64 is not divisible by model\.heads=5"):
         UserModelConfig(width=64, heads=5)
+
+
+def test_no_heads_are_refused():
+    with pytest.raises(UsageError, match="at least 1"):
+        UserModelConfig(heads=0)

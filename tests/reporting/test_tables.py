@@ -28,8 +28,8 @@ def run(label="ID", seed=0, mean_place=60, users=400, **changes):
         }
     )
     protocol = {
-        "split": "leave_one_out", "fit_on": "train", "candidates": 1000, "filter_seen": True,
-        "ties": "averaged",
+        "split": "leave_one_out", "fit_on": "train", "candidates": 1000, "filter_seen": "true",
+        "ties": "averaged", "order": "timestamp",
     }  # fmt: skip
     record = {
         "label": label,
@@ -38,11 +38,15 @@ def run(label="ID", seed=0, mean_place=60, users=400, **changes):
         "protocol": protocol | {k: v for k, v in changes.items() if k in protocol},
         "data": {
             "name": "tiny", "source": "simulated", "users": users, "items": 1000,
-            "interactions": 9000, "fingerprint": "0123456789abcdef",
+            "interactions": changes.get("interactions", 9000),
+            "fingerprint": changes.get("data", "0123456789abcdef"),
+            "template_sha256": changes.get("template", "title"),
+            "counts": {"users_read": 450, "interactions_read": 9100} | changes.get("counts", {}),
         },
         "cases": {"count": users, "fingerprint": changes.get("cases", "same")},
         "config": changes.get("config", {"run": {"seed": seed}}),
-        "cost": {"train_seconds": 12.34, "trainable_parameters": 1_234_567, "flops": 2.5e12},
+        "cost": {"train_seconds": 12.34, "trainable_parameters": 1_234_567, "flops": 2.5e12}
+        | changes.get("cost", {}),
     }  # fmt: skip
     return Result(record, per_user)
 
@@ -110,7 +114,9 @@ def test_seeds_of_one_label_are_one_row():
     [
         ({"cases": "other"}, "test users"),
         ({"candidates": 100}, r"candidates \(1000 and 100\)"),
-        ({"filter_seen": "papers"}, r"filter_seen \(True and papers\)"),
+        ({"filter_seen": "papers"}, r"filter_seen \(true and papers\)"),
+        ({"split": "temporal"}, r"split \(leave_one_out and temporal\)"),
+        ({"interactions": 8999}, r"interactions \(9000 and 8999\)"),
         ({"fit_on": "train+valid"}, r"fit_on \(train and train\+valid\)"),
     ],
 )
@@ -124,10 +130,44 @@ def test_one_label_and_seed_twice_is_refused():
         build_table([run("ID"), run("ID")], QUESTION)
 
 
-def test_one_label_over_different_configs_is_refused():
-    other = run("ID", 1, config={"run": {"seed": 1}, "optim": {"lr": 0.1}})
-    with pytest.raises(UsageError, match="differ in optim"):
-        build_table([run("ID"), other], QUESTION)
+def test_runs_on_data_that_changed_in_between_are_refused():
+    runs = [
+        run("ID"),
+        run("text", template="plain", data="a"),
+        run("both", data="fedcba9876543210"),
+    ]
+    build_table(runs[:2], QUESTION)  # another text of the same data
+    with pytest.raises(
+        UsageError, match=r"data changed between ID and both .*0123456789ab and fedc"
+    ):
+        build_table(runs, QUESTION)
+    again = run("other", template="plain", data="b")
+    with pytest.raises(UsageError, match="data changed between text and other"):
+        build_table([*runs[:2], again], QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"config": {"run": {"seed": 1}, "optim": {"lr": 0.1}}}, r"optim\.lr"),
+        ({"config": {"run": {"seed": 1, "precision": "bf16"}}}, r"run\.precision"),
+        ({"config": {"run": {"seed": 1, "select": "HR@10"}}}, r"run\.select"),
+        ({"template": "plain", "data": "a"}, "data fingerprint"),
+        ({"cost": {"encoder": {"weights": "w"}}}, "encoder weights"),
+    ],
+)
+def test_one_label_over_different_runs_is_refused(changes, named):
+    with pytest.raises(UsageError, match=f"both labelled ID but differ in {named}"):
+        build_table([run("ID"), run("ID", 1, **changes)], QUESTION)
+
+
+def test_seeds_in_other_folders_and_with_other_memory_are_one_row():
+    config = {
+        "run": {"seed": 1, "folder": "b", "overwrite": True, "store": "s", "tensorboard": True},
+        "loss": {"chunk_megabytes": 64},
+    }
+    table = build_table([run("ID"), run("ID", 1, config=config)], QUESTION)
+    assert table["rows"][0]["seeds"] == [0, 1]
 
 
 def test_an_unknown_baseline_names_the_nearest_row():
@@ -150,7 +190,41 @@ def test_the_terminal_table_fits_a_hundred_columns_without_colour():
 
 
 def test_a_label_in_brackets_is_shown_as_it_is():
-    assert "[bold]ID" in text(build_table([run("[bold]ID")], QUESTION))
+    record = build_table([run("[bold]ID"), run("a[/b]", mean_place=20)], QUESTION)
+    assert "[bold]ID" in text(record)
+    assert "a[/b]" in text(record)
+
+
+def test_a_label_with_colons_is_no_picture():
+    assert "a:x:b" in text(build_table([run("a:x:b")], QUESTION))
+
+
+def test_numbers_stay_whole_beside_a_long_label():
+    question = Question("ID", QUESTION.measures, [("SASRec-" + "text-" * 8 + "x", "ID")])
+    record = build_table([run("ID"), run("SASRec-" + "text-" * 8 + "x", mean_place=20)], question)
+    shown = text(record)
+    assert max(map(len, shown.splitlines())) <= 100
+    value = record["rows"][1]["difference"]["NDCG@10"]
+    cell = f"{value['difference']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]"
+    assert shown.count(cell) == 2  # as a row and as a contrast
+
+
+def test_what_was_dropped_and_what_is_odd_is_said_where_there_is_any():
+    counts = {
+        "users_dropped_too_few_interactions": 1050, "interactions_dropped_with_their_user": 99,
+        "interactions_dropped_beyond_most_recent": 0, "items_with_empty_text": 7,
+        "repeat_interactions": 3, "interactions_tied_in_order": 12,
+        "train_interactions_after_a_test_target": 1234,
+    }  # fmt: skip
+    shown = to_markdown(build_table([run("ID", counts=counts)], QUESTION))
+    assert (
+        "- Read: 450 users, 9,100 interactions. Dropped: 1,050 users with too few interactions, "
+        "99 interactions with them. Includes: 7 items without text, 3 repeat interactions, "
+        "12 interactions tied in order, 1,234 training interactions after a test target "
+        "(leave-one-out's leak). Ordered by timestamp.\n"
+    ) in shown
+    nothing = to_markdown(build_table([run("ID")], QUESTION))
+    assert "- Read: 450 users, 9,100 interactions. Ordered by timestamp.\n" in nothing
 
 
 def test_compare_reads_folders_and_writes_the_same_numbers_twice(tmp_path, capsys):
