@@ -172,11 +172,6 @@ def _label(config: TrainConfig) -> str:
     return f"{config.model.name}-{config.tower.name}{control}"
 
 
-def resolve(argv: Sequence[str]) -> dict[str, Any]:
-    """The resolved config of a command line as plain values, without running it."""
-    return as_dict(configure(argv))
-
-
 def run(argv: Sequence[str]) -> int:
     """Data -> tower and user model -> training -> one test -> run folder."""
     config = configure(argv)

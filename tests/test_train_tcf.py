@@ -15,10 +15,16 @@ from small_runs import SMALL, command, journal, mean, per_user, record, train, w
 
 from llmrec import train_tcf
 from llmrec.evaluation.metrics import Ranking
+from llmrec.options import as_dict
 from llmrec.runs import check_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "llmrec" / "train_tcf.py")
+
+
+def resolve(argv):
+    """The config of a command line as plain values."""
+    return as_dict(train_tcf.configure(argv))
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +62,15 @@ def test_a_run_leaves_config_result_per_user_values_and_one_whole_checkpoint(fin
 
 
 def test_the_written_config_gives_the_same_config(finished):
-    resolved = train_tcf.resolve(["--config", str(finished / "config.yaml")])
+    resolved = resolve(["--config", str(finished / "config.yaml")])
     assert resolved == yaml.safe_load((finished / "config.yaml").read_text())
     assert resolved == record(finished)["config"]
-    assert resolved == train_tcf.resolve(command(finished))
+    assert resolved == resolve(command(finished))
 
 
 def test_no_options_mean_the_quick_starts_text_model():
-    shipped = train_tcf.resolve(["--config=configs/tcf/quickstart.yaml"])
-    assert train_tcf.resolve([]) == shipped
+    shipped = resolve(["--config=configs/tcf/quickstart.yaml"])
+    assert resolve([]) == shipped
     assert shipped["tower"]["name"] == "text" and shipped["data"]["source"] == "simulated"
 
 
@@ -93,10 +99,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, tmp_path, capsys):
 
 
 def test_label_and_folder_are_named_after_data_model_tower_and_control():
-    named = train_tcf.resolve(words({"tower.name": "text", "tower.control": "shuffled"}))["run"]
+    named = resolve(words({"tower.name": "text", "tower.control": "shuffled"}))["run"]
     assert named["label"] == "sasrec-text-shuffled"
     assert named["folder"] == "runs/simulated-sasrec-text-shuffled-s0"
-    assert train_tcf.resolve(words({"model.name": "random"}))["run"]["label"] == "random"
+    assert resolve(words({"model.name": "random"}))["run"]["label"] == "random"
 
 
 def test_the_same_seed_twice_gives_the_same_run(finished, tmp_path):

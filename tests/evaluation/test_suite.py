@@ -12,6 +12,7 @@ from llmrec.encoders import text as encoders
 from llmrec.evaluation import suite as suites
 from llmrec.evaluation.result import build_result, write_result
 from llmrec.evaluation.suite import main, read_suite
+from llmrec.options import as_dict
 
 WEIGHTS = "0" * 64
 
@@ -29,7 +30,11 @@ def trained(monkeypatch):
         if named["run.label"] == "refuses":
             return 2
         cost = {"encoder": {"weights": WEIGHTS}} if named["tower.name"] == "text" else {}
-        label, seed, config = named["run.label"], int(named["run.seed"]), train_tcf.resolve(argv)
+        label, seed, config = (
+            named["run.label"],
+            int(named["run.seed"]),
+            as_dict(train_tcf.configure(argv)),
+        )
         result = build_result(facts(label=label, seed=seed, config=config, cost=cost), *tiny())
         write_result(Path(named["run.folder"]), result)
         return 0
