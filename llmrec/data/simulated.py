@@ -114,6 +114,11 @@ class SimulatedConfig:
     items: int = 1500
     """Items on offer, at least 240; those that nobody meets are dropped."""
 
+    def __post_init__(self) -> None:
+        """Refuse a seed that the generator does not take."""
+        if self.seed < 0:
+            raise UsageError(f"data.simulated.seed={self.seed} must not be negative.")
+
 
 @dataclass(frozen=True)
 class _Shop:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from llmrec.options import parse
 from llmrec.progress import progress_bar
 from llmrec.runs import check_folder, new_folder, write_json
 
+ABANDONED_SECONDS = 24 * 3600
+"""Age after which a shard in the making belongs to no living process."""
 SHARD_ITEMS = 50_000
 """Texts encoded between two writes: what a kill can cost."""
 
@@ -128,11 +131,12 @@ def _encode(
     device: torch.device,
 ) -> None:
     """Encode texts into new shards, with a progress bar on a terminal."""
+    _sweep(folder)
     encoder = TextEncoder(config, device)
     about = description | {
         "layers_run": len(encoder.blocks),
         "layers_of_model": encoder.layer_count,
-        "has_final_norm": encoder.has_final_norm(),
+        "has_final_norm": encoder.has_final_norm,
         "non_embedding_parameters": encoder.non_embedding_parameters,
     }
     write_json(folder / "encoder.json", about)
@@ -159,9 +163,22 @@ def _encode(
                 )
 
 
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes left half made; younger ones may still be in the making."""
+    for path in folder.glob(".shard-*"):
+        if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _gather(digests: list[str], wanted: dict[str, str], folder: Path, encoded: int) -> Encoded:
     """The catalogue's vectors from the shards, and their cost from what the shards recorded."""
-    about = json.loads((folder / "encoder.json").read_text())
+    try:
+        about = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder / 'encoder.json'} is missing or damaged. Delete the folder {folder}; its "
+            "texts will be encoded again."
+        ) from error
     rows = {digest: row for row, digest in enumerate(wanted)}
     table: NDArray[np.float32] | None = None
     done = np.zeros(len(rows), bool)

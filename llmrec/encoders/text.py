@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from llmrec.errors import UsageError
@@ -86,12 +86,32 @@ def locate(config: EncoderConfig) -> Location:
         and importlib.util.find_spec(MINILM_PACKAGE)
     ):
         return _packaged_minilm()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    return _on_the_hub(config)
 
+
+def _on_the_hub(config: EncoderConfig) -> Location:
+    """The newest commit of a hub model's revision, or without a network the one in the cache."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The hub's HTTP library changes its name between versions; its base error does not.
+    http_errors = [
+        kind
+        for kind in HfHubHTTPError.__mro__
+        if kind.__name__ == "HTTPError" and issubclass(kind, Exception)
+    ]
+    failures: tuple[type[Exception], ...] = (*http_errors, OSError, HFValidationError)
     try:
-        file = hf_hub_download(config.model, "config.json", revision=config.revision)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        url = hf_hub_url(config.model, "config.json", revision=config.revision)
+        get_hf_file_metadata(url, timeout=10)  # one try; a download would retry for half a minute
+        offline = False
+    except failures:
+        offline = True
+    try:
+        file = hf_hub_download(
+            config.model, "config.json", revision=config.revision, local_files_only=offline
+        )
+    except failures as error:
         raise UsageError(_unreachable(config)) from error
     commit = Path(file).parent.name  # .../snapshots/<commit>/config.json
     return Location(config.model, commit, commit)
@@ -153,8 +173,8 @@ class TextEncoder:
         revision = {"revision": place.revision} if place.revision else {}
         try:
             hf_config = AutoConfig.from_pretrained(place.source, **revision)
-            self._check(hf_config)
             self.tokenizer = AutoTokenizer.from_pretrained(place.source, **revision)
+            self.layer_count = self._check(hf_config)
             model = AutoModel.from_pretrained(
                 place.source, dtype=getattr(torch, config.dtype), use_safetensors=True, **revision
             )
@@ -162,7 +182,6 @@ class TextEncoder:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"encoder.model={config.model} cannot be loaded: {reason}") from error
         self.model: nn.Module = model.get_encoder() if hf_config.is_encoder_decoder else model
-        self.layer_count: int = hf_config.num_hidden_layers
         self.blocks = _blocks(self.model, self.layer_count, config.model)
         if config.layers != "all":
             del self.blocks[config.layers :]
@@ -171,22 +190,48 @@ class TextEncoder:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self._raw: Tensor | None = None
         self.blocks[-1].register_forward_hook(self._keep_raw)
+        self.has_final_norm = self._probe()
+        """Whether the architecture changes the last layer's states before it returns them."""
 
-    def _check(self, hf_config: AutoConfig) -> None:
-        """Options against the model's own limits."""
+    def _check(self, hf_config: PreTrainedConfig) -> int:
+        """Options against the model's own limits; returns its number of layers."""
         config = self.config
-        depth = hf_config.num_hidden_layers
+        text_config = hf_config.get_text_config()
+        if not hasattr(text_config, "num_hidden_layers"):
+            raise UsageError(
+                f"encoder.model={config.model} is of type {hf_config.model_type}, which has no "
+                "transformer layers over text. Use a language model."
+            )
+        depth: int = text_config.num_hidden_layers
         if config.layers != "all" and not 1 <= config.layers <= depth:
             raise UsageError(
                 f"encoder.layers={config.layers} but {config.model} has {depth}. "
                 f"Use 1..{depth} or leave it out."
             )
-        longest = hf_config.to_dict().get("max_position_embeddings", config.max_item_tokens)
-        if config.max_item_tokens > longest:
+        longest = self.tokenizer.model_max_length
+        if hasattr(text_config, "max_position_embeddings"):
+            longest = min(longest, text_config.max_position_embeddings)
+        shortest = self.tokenizer.num_special_tokens_to_add() + 1
+        if not shortest <= config.max_item_tokens <= longest:
             raise UsageError(
                 f"encoder.max_item_tokens={config.max_item_tokens} but {config.model} "
-                f"reads at most {longest}."
+                f"reads from {shortest} (special tokens and one more) to at most {longest}."
             )
+        return depth
+
+    def _probe(self) -> bool:
+        """Read one text of the greatest length; whether a final norm (or projection) changed it."""
+        length = self.config.max_item_tokens
+        ids = np.resize(np.asarray(self._tokenize(["a"])[0], dtype=np.int64), (1, length))
+        try:
+            states = self._states(ids, np.ones((1, length), bool), final=True)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            raise UsageError(
+                f"encoder.model={self.config.model} cannot read a text of {length} tokens alone "
+                f"({str(error).splitlines()[0]}). Lower encoder.max_item_tokens or use another."
+            ) from error
+        assert self._raw is not None
+        return states.shape != self._raw.shape or not torch.equal(states, self._raw)
 
     def _keep_raw(
         self, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]
@@ -203,15 +248,6 @@ class TextEncoder:
             for w in m.parameters()
         }
         return sum(w.numel() for w in self.model.parameters() if id(w) not in tables)
-
-    def has_final_norm(self) -> bool:
-        """Whether the architecture changes the last layer's states before it returns them."""
-        tokens = self._tokenize(["a"])
-        states = self._states(
-            np.asarray(tokens[:1], dtype=np.int64), np.ones((1, len(tokens[0])), bool)
-        )
-        assert self._raw is not None
-        return states.shape != self._raw.shape or not torch.equal(states, self._raw)
 
     def encode(
         self, texts: list[str], advance: Callable[[int], object] = lambda count: None
@@ -240,7 +276,8 @@ class TextEncoder:
             for row, place in enumerate(batch):
                 ids[row, : len(tokens[place])] = tokens[place]
                 real[row, : len(tokens[place])] = True
-            pooled = self._pool(self._states(ids, real), torch.from_numpy(real).to(self.device))
+            states = self._states(ids, real, self.config.final_norm)
+            pooled = self._pool(states, torch.from_numpy(real).to(self.device))
             if vectors is None:
                 vectors = np.zeros((len(texts), pooled.shape[1]), np.float32)
             vectors[[filled[place] for place in batch]] = pooled.cpu().numpy()
@@ -253,6 +290,13 @@ class TextEncoder:
             raise UsageError(
                 f"encoder.model={self.config.model} gave values that are not finite in "
                 f"{self.config.dtype}. Use encoder.dtype=bfloat16 or float32."
+            )
+        same = not (vectors[filled] != vectors[filled[0]]).any()
+        if same and len({texts[row] for row in filled}) > 1:
+            raise UsageError(
+                f"encoder.model={self.config.model} gave every text the same vector: with "
+                f"encoder.pooling={self.config.pooling} and encoder.max_item_tokens="
+                f"{self.config.max_item_tokens} it sees nothing of them. Use pooling mean or last."
             )
         return vectors, lengths
 
@@ -269,13 +313,13 @@ class TextEncoder:
         return [ids or [self.tokenizer.unk_token_id or 0] for ids in tokens]
 
     @torch.inference_mode()
-    def _states(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> Tensor:
-        """Token states of the layer the vectors come from, (B, T, H)."""
+    def _states(self, ids: NDArray[np.int64], real: NDArray[np.bool_], final: bool) -> Tensor:
+        """Token states of the last layer that runs, (B, T, H), with or without the final norm."""
         output = self.model(
             input_ids=torch.from_numpy(ids).to(self.device),
             attention_mask=None if real.all() else torch.from_numpy(real).to(self.device),
         )
-        states: Tensor | None = output.last_hidden_state if self.config.final_norm else self._raw
+        states: Tensor | None = output.last_hidden_state if final else self._raw
         assert states is not None
         return states
 
@@ -299,6 +343,7 @@ def _blocks(model: nn.Module, depth: int, name: str) -> nn.ModuleList:
             return module
     raise UsageError(
         f"encoder.model={name} keeps its {depth} layers in no list that llmrec can find."
+        " Use another model, one whose layers do not share their weights."
     )
 
 

@@ -304,3 +304,14 @@ def test_recbole_mistakes_are_named(tmp_path: Path) -> None:
     write(tmp_path / "d.inter", "user_id\titem_id:token\nu\ta\n")
     with pytest.raises(UsageError, match="column header 'user_id'"):
         load(tmp_path)
+
+
+def test_a_title_missing_from_an_items_first_row_is_taken_from_a_later_one(tmp_path: Path) -> None:
+    rows = "user_id,item_id,title\nu,a,\nv,a,A\nu,b,B\nv,b,Other\n"
+    data = load(write(tmp_path / "mine.csv", rows))
+    assert data.catalog.texts == ["A", "B"]
+
+
+def test_a_column_that_another_option_names_is_no_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no column 'item_id' .*product"):
+        load(write(tmp_path / "mine.csv", "user_id,product\nu,a\n"))

@@ -1,7 +1,9 @@
 """The embedding store encodes every text once and never confuses two encoders."""
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -114,6 +116,25 @@ def test_a_shard_in_the_making_is_invisible(encode):
     shutil.copytree(shard, shard.with_name(f".{shard.name}.tmp"))
     (shard.with_name(f".{shard.name}.tmp") / "manifest.json").unlink()
     assert encode().cost["encoded_now"] == 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", None])
+def test_a_damaged_description_is_named_with_its_remedy(encode, damage):
+    encode()
+    file = next(encode.store.glob("*/encoder.json"))
+    file.unlink() if damage is None else file.write_bytes(damage)
+    with pytest.raises(UsageError, match=r"encoder\.json is missing or damaged"):
+        encode()
+
+
+def test_what_a_killed_process_left_is_swept_when_it_is_old(encode):
+    encode()
+    folder = next(encode.store.glob("*-*"))
+    for name, age in (("old", 2 * 24 * 3600), ("young", 60)):
+        (folder / f".shard-{name}").mkdir()
+        os.utime(folder / f".shard-{name}", (time.time() - age,) * 2)
+    encode([*TEXTS, "winter boot"])
+    assert [path.name for path in folder.glob(".shard-*")] == [".shard-young"]
 
 
 def test_a_catalogue_without_texts_is_refused_with_the_way_out(encode):

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
+from tiny_models import tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from llmrec.encoders.text import MINILM, EncoderConfig, TextEncoder, locate
@@ -40,8 +42,15 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["bert", "opt", "qwen3", "t5"])
-@pytest.mark.parametrize("pooling", POOLS)
+@pytest.mark.parametrize(
+    ("architecture", "pooling"),
+    [
+        (architecture, pooling)
+        for architecture in ("bert", "opt", "qwen3", "t5")
+        for pooling in POOLS
+        if (architecture, pooling) not in {("opt", "cls"), ("qwen3", "cls")}  # see below
+    ],
+)
 def test_batched_vectors_equal_one_text_at_a_time(tiny_models, architecture, pooling):
     folder = tiny_models[architecture]
     vectors, tokens = TextEncoder(
@@ -68,7 +77,7 @@ def test_an_inner_layer_without_its_final_norm_is_transformers_hidden_state(
 
 def test_it_says_which_architectures_end_with_a_norm(tiny_models):
     found = {
-        name: TextEncoder(EncoderConfig(model=str(folder)), CPU).has_final_norm()
+        name: TextEncoder(EncoderConfig(model=str(folder)), CPU).has_final_norm
         for name, folder in tiny_models.items()
     }
     assert found == {"bert": False, "opt": True, "qwen3": True, "t5": True}
@@ -84,6 +93,59 @@ def test_the_final_norm_of_an_inner_layer_is_the_models_own(tiny_models):
     )
     expected = raw / np.sqrt((raw**2).mean(1, keepdims=True) + 1e-6)  # RMSNorm with weights of one
     np.testing.assert_allclose(normed, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "qwen3"])
+def test_the_first_token_of_a_decoder_that_has_read_nothing_yet_is_refused(
+    tiny_models, architecture
+):
+    encoder = TextEncoder(EncoderConfig(model=str(tiny_models[architecture]), pooling="cls"), CPU)
+    with pytest.raises(UsageError, match=r"every text the same vector: .*encoder\.pooling=cls"):
+        encoder.encode(TEXTS)
+    encoder.encode(["scarf", "scarf"])  # equal texts may well have equal vectors
+
+
+def test_no_room_beside_the_special_tokens_is_refused(tiny_models):
+    config = EncoderConfig(model=str(tiny_models["bert"]), max_item_tokens=2)
+    with pytest.raises(UsageError, match=r"max_item_tokens=2 .* reads from 3"):
+        TextEncoder(config, CPU)
+
+
+def test_a_model_that_reads_no_text_is_refused(tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.CLIPConfig(text_config=small, vision_config=small | {"image_size": 32})
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"encoder\.model=.*(cannot read a text|no list)"):
+        TextEncoder(EncoderConfig(model=str(tmp_path), max_item_tokens=8), CPU)
+
+
+def test_a_decoders_own_name_for_its_length_is_known(tmp_path):
+    config = transformers.GPT2Config(
+        n_embd=16,
+        n_layer=1,
+        n_head=1,
+        n_positions=16,
+        vocab_size=32,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"max_item_tokens=17 .* at most 16"):
+        TextEncoder(EncoderConfig(model=str(tmp_path), max_item_tokens=17), CPU)
+
+
+def test_positions_that_padding_takes_are_found_by_reading_once(tmp_path):
+    config = transformers.RobertaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16,
+        vocab_size=32, max_position_embeddings=20, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    TextEncoder(EncoderConfig(model=str(tmp_path), max_item_tokens=18), CPU)
+    with pytest.raises(UsageError, match=r"cannot read a text of 20 tokens"):
+        TextEncoder(EncoderConfig(model=str(tmp_path), max_item_tokens=20), CPU)
 
 
 def test_an_empty_text_is_zero_and_costs_no_token(tiny_models):
@@ -112,7 +174,7 @@ def test_a_layer_out_of_range_names_the_range(tiny_models):
 
 
 def test_more_tokens_than_the_model_reads_are_refused(tiny_models):
-    with pytest.raises(UsageError, match=r"max_item_tokens=1000 .* reads at most 64"):
+    with pytest.raises(UsageError, match=r"max_item_tokens=1000 .* reads from 3 .* to at most 64"):
         TextEncoder(EncoderConfig(model=str(tiny_models["opt"]), max_item_tokens=1000), CPU)
 
 

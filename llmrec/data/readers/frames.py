@@ -63,7 +63,7 @@ def columns_of(
     Args:
         interactions: The file, for messages, and its table.
         items: The same for the items. None takes the text fields from the columns of the
-            interactions that mean nothing else, from the first row of each item.
+            interactions that mean nothing else, the first non-empty value of each item.
         config: Names of the columns, and what orders.
 
     Raises:
@@ -72,7 +72,7 @@ def columns_of(
     """
     path, frame = interactions
     for option in ("user_column", "item_column"):
-        _require(frame, path, option, getattr(config, option))
+        _require(frame, path, option, config, getattr(config, option))
     if frame.height == 0:
         raise UsageError(f"{path} has a header and no rows: there is nothing to learn from.")
     user_codes, user_ids = _factorise(_ids(frame, path, "user_column", config.user_column))
@@ -107,9 +107,16 @@ def columns_of(
     )
 
 
-def _require(frame: pl.DataFrame, path: Path, option: str, name: str) -> None:
+def _named_columns(config: DataConfig) -> set[str]:
+    """Columns that options name; the others may be text."""
+    named = {config.user_column, config.item_column, config.timestamp_column}
+    return named | {config.position_column, config.rating_column}
+
+
+def _require(frame: pl.DataFrame, path: Path, option: str, config: DataConfig, name: str) -> None:
     if name not in frame.columns:
-        hint = nearest(name, frame.columns)
+        taken = _named_columns(config)
+        hint = nearest(name, [column for column in frame.columns if column not in taken])
         raise UsageError(f"{path} has no column {name!r} (data.{option}); {hint}")
 
 
@@ -154,18 +161,18 @@ def _embedded_items(
     frame: pl.DataFrame, met: pl.Series, config: DataConfig
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """Item fields found in the interactions themselves."""
-    taken = {config.user_column, config.item_column, config.timestamp_column}
-    taken |= {config.position_column, config.rating_column}
-    names = [name for name in frame.columns if name not in taken]
+    names = [name for name in frame.columns if name not in _named_columns(config)]
     rows = pl.DataFrame([met, *_strings(frame, names)])
-    first = rows.unique(subset="item", keep="first", maintain_order=True)
+    # The first value that says something: a title may be missing from an item's first row.
+    filled = pl.exclude("item").filter(pl.exclude("item").str.strip_chars() != "").first()
+    first = rows.group_by("item", maintain_order=True).agg(filled)
     variants = rows.unique().height - first.height
     return first, {"item_descriptions_beyond_the_first": variants}
 
 
 def _described_items(path: Path, frame: pl.DataFrame, config: DataConfig) -> pl.DataFrame:
     """The items file: `item` and its fields."""
-    _require(frame, path, "item_column", config.item_column)
+    _require(frame, path, "item_column", config, config.item_column)
     if frame.height == 0:
         raise UsageError(f"{path} describes no item; add rows, or remove it to go without text.")
     ids = _ids(frame, path, "item_column", config.item_column)
@@ -187,13 +194,13 @@ def _order(
     renamed = config.timestamp_column != _DEFAULTS.timestamp_column
     by_time = config.order == "timestamp" or (config.order == "auto" and renamed)
     if by_time or (config.order == "auto" and config.timestamp_column in frame.columns):
-        _require(frame, path, "timestamp_column", config.timestamp_column)
+        _require(frame, path, "timestamp_column", config, config.timestamp_column)
         name = config.timestamp_column
         return _numbers(frame[name], path, "timestamp_column", missing_allowed=False), None
     renamed = config.position_column != _DEFAULTS.position_column
     by_position = config.order == "position" or (config.order == "auto" and renamed)
     if by_position or (config.order == "auto" and config.position_column in frame.columns):
-        _require(frame, path, "position_column", config.position_column)
+        _require(frame, path, "position_column", config, config.position_column)
         name = config.position_column
         return None, _numbers(frame[name], path, "position_column", missing_allowed=False)
     return None, None
@@ -203,7 +210,7 @@ def _ratings(frame: pl.DataFrame, path: Path, config: DataConfig) -> tuple[Float
     name = config.rating_column
     if name not in frame.columns:
         if name != _DEFAULTS.rating_column:
-            _require(frame, path, "rating_column", name)
+            _require(frame, path, "rating_column", config, name)
         return None, 0
     values = _numbers(frame[name], path, "rating_column", missing_allowed=True)
     return values.astype(np.float32), int(np.isnan(values).sum())
