@@ -124,7 +124,7 @@ class Ours:
         self.learner = Learner(wrapped, optimizer, scheduler, rows, sampler)
 
     def epoch(self) -> None:
-        train_epoch(self.task, self.learner, 1, np.random.default_rng(1))
+        train_epoch(self.task, self.learner, 1)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ processes may read and write at the same time and a kill loses at most the shard
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -166,15 +167,17 @@ def _encode(
 def _sweep(folder: Path) -> None:
     """Delete what killed processes left half made; younger ones may still be in the making."""
     for path in folder.glob(".shard-*"):
-        if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # finished or swept by another process
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _gather(digests: list[str], wanted: dict[str, str], folder: Path, encoded: int) -> Encoded:
     """The catalogue's vectors from the shards, and their cost from what the shards recorded."""
     try:
         about = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        parameters = int(about["non_embedding_parameters"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
             f"{folder / 'encoder.json'} is missing or damaged. Delete the folder {folder}; its "
             "texts will be encoded again."
@@ -208,7 +211,7 @@ def _gather(digests: list[str], wanted: dict[str, str], folder: Path, encoded: i
         "texts": len(rows),
         "tokens": tokens,
         "seconds": seconds,
-        "flops": 2 * about["non_embedding_parameters"] * tokens,
+        "flops": 2 * parameters * tokens,
         "encoded_now": encoded,
     }
     return Encoded(vectors, about, cost)

@@ -65,7 +65,7 @@ class Location:
     """Where a model's files are and what tells them from any other's."""
 
     source: str
-    """Local folder or hub id, for ``from_pretrained``."""
+    """Local folder or hub id, for ``from_pretrained``; without a network the cache's folder."""
     revision: str
     """Commit of a hub model; empty for a local folder."""
     identity: str
@@ -113,8 +113,10 @@ def _on_the_hub(config: EncoderConfig) -> Location:
         )
     except failures as error:
         raise UsageError(_unreachable(config)) from error
-    commit = Path(file).parent.name  # .../snapshots/<commit>/config.json
-    return Location(config.model, commit, commit)
+    snapshot = Path(file).parent  # .../snapshots/<commit>/config.json
+    # By its id, transformers would ask the hub for every optional file, with retries: minutes.
+    source = str(snapshot) if offline else config.model
+    return Location(source, snapshot.name, snapshot.name)
 
 
 def _unreachable(config: EncoderConfig) -> str:
@@ -291,7 +293,7 @@ class TextEncoder:
                 f"encoder.model={self.config.model} gave values that are not finite in "
                 f"{self.config.dtype}. Use encoder.dtype=bfloat16 or float32."
             )
-        same = not (vectors[filled] != vectors[filled[0]]).any()
+        same = all(np.array_equal(vectors[row], vectors[filled[0]]) for row in filled)
         if same and len({texts[row] for row in filled}) > 1:
             raise UsageError(
                 f"encoder.model={self.config.model} gave every text the same vector: with "

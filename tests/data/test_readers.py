@@ -315,3 +315,8 @@ def test_a_title_missing_from_an_items_first_row_is_taken_from_a_later_one(tmp_p
 def test_a_column_that_another_option_names_is_no_suggestion(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no column 'item_id' .*product"):
         load(write(tmp_path / "mine.csv", "user_id,product\nu,a\n"))
+
+
+def test_where_no_column_is_free_those_there_are_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'item_id' .*it has only user_id, timestamp\."):
+        load(write(tmp_path / "mine.csv", "user_id,timestamp\nu,1\n"))

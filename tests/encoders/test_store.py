@@ -118,7 +118,7 @@ def test_a_shard_in_the_making_is_invisible(encode):
     assert encode().cost["encoded_now"] == 0
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", None])
+@pytest.mark.parametrize("damage", [b"", b"{", b"{}", b"[]", None])
 def test_a_damaged_description_is_named_with_its_remedy(encode, damage):
     encode()
     file = next(encode.store.glob("*/encoder.json"))

