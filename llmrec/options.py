@@ -143,8 +143,9 @@ def _read_yaml(file: str) -> dict[str, Any]:
             f"--config {file} cannot be read ({error.strerror}). Shipped ones lie in configs/."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" at line {place.line + 1}" if place else ""
+        where = ""
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            where = f" at line {error.problem_mark.line + 1}"
         raise UsageError(
             f"--config {file} is not YAML{where}. Compare it with the shipped ones in configs/."
         ) from error

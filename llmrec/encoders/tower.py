@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,12 +57,12 @@ class TowerConfig:
             )
 
 
-class ItemTower(nn.Module):
+class ItemTower(nn.Module, ABC):
     """What every tower offers."""
 
+    @abstractmethod
     def vectors(self, ids: Tensor) -> Tensor:
         """Item ids (n,) -> (n, D); the padding item 0 gets the zero vector."""
-        raise NotImplementedError
 
 
 class IdTower(ItemTower):
