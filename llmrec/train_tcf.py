@@ -408,10 +408,10 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
             drawn = learner.negatives.draw(
                 rows.users[piece], (inputs.shape[1], task.config.loss.negatives), rng
             )
-        parts = (torch.from_numpy(part).to(accelerator.device) for part in (inputs, targets, drawn))
+        moved = Batch(*map(torch.from_numpy, (inputs, targets, drawn))).to(accelerator.device)
         waiting = number < len(pieces)
         with accelerator.no_sync(learner.model) if waiting else contextlib.nullcontext():
-            loss = learner.model(Batch(*parts))
+            loss = learner.model(moved)
             accelerator.backward(loss * (world / positions))
         summed += loss.detach()
     return summed

@@ -230,7 +230,8 @@ class TextEncoder:
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             raise UsageError(
                 f"encoder.model={self.config.model} cannot read a text of {length} tokens alone "
-                f"({str(error).splitlines()[0]}). Lower encoder.max_item_tokens or use another."
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Lower "
+                "encoder.max_item_tokens or use another model."
             ) from error
         assert self._raw is not None
         return states.shape != self._raw.shape or not torch.equal(states, self._raw)
@@ -264,7 +265,7 @@ class TextEncoder:
             (n, H) float32 and (n,) int32.
 
         Raises:
-            UsageError: The model gave a value that is not finite.
+            UsageError: No text, a value that is not finite, or one vector for different tokens.
         """
         filled = [row for row, text in enumerate(texts) if text]
         tokens = self._tokenize([texts[row] for row in filled])
@@ -294,7 +295,7 @@ class TextEncoder:
                 f"{self.config.dtype}. Use encoder.dtype=bfloat16 or float32."
             )
         same = all(np.array_equal(vectors[row], vectors[filled[0]]) for row in filled)
-        if same and len({texts[row] for row in filled}) > 1:
+        if same and len(set(map(tuple, tokens))) > 1:  # not texts: Hat and hat may be one to it
             raise UsageError(
                 f"encoder.model={self.config.model} gave every text the same vector: with "
                 f"encoder.pooling={self.config.pooling} and encoder.max_item_tokens="

@@ -34,7 +34,7 @@ class TowerConfig:
     """Dropout before each projection layer but the first."""
     whiten: bool = True
     """Whether text vectors are centred and decorrelated over the catalogue first: mean-pooled ones
-    share a large common direction, which slows training."""
+    share a large common direction, which says nothing of an item."""
     control: Literal["none", "shuffled", "random"] = "none"
     """What replaces the true text vectors: nothing, the same shuffled among items, or noise."""
 

@@ -105,6 +105,12 @@ def test_the_first_token_of_a_decoder_that_has_read_nothing_yet_is_refused(
     encoder.encode(["scarf", "scarf"])  # equal texts may well have equal vectors
 
 
+def test_texts_of_the_same_tokens_may_share_a_vector(tiny_models):
+    encoder = TextEncoder(EncoderConfig(model=str(tiny_models["bert"])), CPU)
+    vectors, _ = encoder.encode(["Red Hat", "red hat"])  # lower-cased by the tokeniser
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+
+
 def test_no_room_beside_the_special_tokens_is_refused(tiny_models):
     config = EncoderConfig(model=str(tiny_models["bert"]), max_item_tokens=2)
     with pytest.raises(UsageError, match=r"max_item_tokens=2 .* reads from 3"):
