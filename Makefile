@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test test-slow lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -37,6 +37,9 @@ lint: $(STAMP) ## ruff and mypy
 
 test: lint ## install, lint, type-check and run the tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the long fault tests: kills, corruptions, two processes; at most 40 minutes
+	$(BIN)/python -m pytest -n auto -m "slow and not gpu and not vllm and not network" $(PYTEST_ARGS)
 
 bench: $(STAMP) ## speed and memory, ours against plain references
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done

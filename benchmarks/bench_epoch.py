@@ -1,17 +1,17 @@
-"""A SASRec epoch against the same network in plain PyTorch, and frozen text against IDs.
+"""A SASRec epoch against the same network in plain PyTorch; frozen text against IDs; the losses.
 
     LLMREC_DATA=data python benchmarks/bench_epoch.py
 
 The reference is fixed: width 64, 2 blocks, 1 head, length 50, batch 128, BCE with 1 uniform
 negative per position, MovieLens-1M. The floor has its windows pre-built and right-padded (a
 causal mask is then all attention needs), draws the negatives of an epoch in one call without
-looking at what the user has, clips nothing, and uses the same fused AdamW.
+looking at what the user has, clips nothing, and uses the same fused AdamW. 256 negatives shared by
+a step are held against that floor too, and against 256 of each position's own.
 """
 
 from measure import Times, movielens, report  # isort: skip  # first: it limits threads
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from llmrec.data.batches import NegativeSampler, TrainingRows
+from llmrec.data.batches import TrainingRows
 from llmrec.data.interactions import Dataset, Split
 from llmrec.data.splits import SplitConfig, split
 from llmrec.encoders.store import Encoded
 from llmrec.encoders.tower import TowerConfig
 from llmrec.models.losses import LossConfig
-from llmrec.models.optim import parameter_groups
 from llmrec.models.sasrec import UserModelConfig
-from llmrec.train_tcf import Learner, Task, TrainConfig, build, train_epoch
+from llmrec.train_tcf import Task, TrainConfig, start_stage, train_epoch
 
 MODEL = UserModelConfig(width=64, blocks=2, heads=1, dropout=0.2, max_length=50)
 TURNS = 5
@@ -101,30 +100,31 @@ class Floor:
 
 
 class Ours:
-    """llmrec's own epoch for one tower, by the functions that a run calls."""
+    """llmrec's own epoch for one tower and loss, by the functions that a run calls."""
 
-    def __init__(self, dataset: Dataset, parts: Split, tower: str, features: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        parts: Split,
+        tower: str = "id",
+        features: int = 0,
+        loss: LossConfig | None = None,
+    ) -> None:
         config = TrainConfig(
-            model=MODEL, loss=LossConfig(name="bce"), tower=TowerConfig(name=tower)
+            model=MODEL, loss=loss or LossConfig(name="bce"), tower=TowerConfig(name=tower)
         )
-        config = replace(config, run=replace(config.run, label=tower))
+        config = replace(config, run=replace(config.run, folder="runs/benchmark"))
         console = Console(quiet=True)
-        self.task = Task(config, dataset, parts, Accelerator(cpu=True), console)
+        self.task = Task(config, dataset, parts, {}, Accelerator(cpu=True), console)
         encoded = None
         if features:
             vectors = np.random.default_rng(0).normal(size=(dataset.item_count, features))
             encoded = Encoded(vectors.astype(np.float32), {}, {})
-        model = build(self.task, encoded, parts.train_end)
-        groups: list[dict[str, Any]] = parameter_groups(model, config.optim)
-        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        wrapped, optimizer = self.task.accelerator.prepare(model, optimizer)
-        rows = TrainingRows.of(dataset.interactions, parts.train_end, MODEL.max_length)
-        sampler = NegativeSampler(dataset.interactions, parts.train_end, dataset.item_count)
-        self.learner = Learner(wrapped, optimizer, scheduler, rows, sampler)
+        self.learner = start_stage(self.task, encoded, parts.train_end, "fit")
 
     def epoch(self) -> None:
-        train_epoch(self.task, self.learner, 1)
+        self.learner.progress.step = 0
+        train_epoch(self.task, self.learner)
 
 
 def main() -> None:
@@ -133,14 +133,37 @@ def main() -> None:
     parts = split(dataset, SplitConfig())
     floor, ours = Floor(dataset, parts), Ours(dataset, parts, "id")
     text, wide = Ours(dataset, parts, "text", 384), Ours(dataset, parts, "text", 4096)
+    own, shared = (
+        Ours(dataset, parts, loss=LossConfig(name=name, negatives=256, share_negatives=share))
+        for name, share in (("gbce", False), ("gbce", True))
+    )
+    softmax = Ours(dataset, parts, loss=LossConfig(name="sampled_softmax", negatives=256))
+    full = Ours(dataset, parts, loss=LossConfig())
     times = Times(
         {"floor": floor.epoch, "id": ours.epoch, "text, 384 wide": text.epoch}, TURNS, warm=0
     )
     slow = Times({"id": ours.epoch, "text, 4096 wide": wide.epoch}, 2, warm=0)
+    losses = Times(
+        {
+            "floor": floor.epoch,
+            "gbce, shared": shared.epoch,
+            "sampled softmax": softmax.epoch,
+            "full softmax": full.epoch,
+        },
+        2,
+        warm=0,
+    )
+    dear = Times({"gbce, shared": shared.epoch, "gbce, own": own.epoch}, 1, warm=0)
     rows = [
         times.row("SASRec epoch, IDs, against plain PyTorch", "id", "floor", "<= 1.3"),
         times.row("frozen text of width 384 against IDs", "text, 384 wide", "id", "<= 1.15"),
         slow.row("frozen text of width 4096 against IDs", "text, 4096 wide", "id", ""),
+        losses.row("sampled softmax, 256 shared negatives", "sampled softmax", "floor", "<= 1.5"),
+        losses.row("gBCE, 256 shared negatives", "gbce, shared", "floor", "<= 1.5"),
+        losses.row("full softmax over all items", "full softmax", "floor", ""),
+        dear.row(
+            "256 shared negatives against each position's own", "gbce, shared", "gbce, own", ""
+        ),
     ]
     positions = int(ours.learner.rows.lengths.sum())
     report(

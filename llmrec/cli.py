@@ -1,10 +1,11 @@
 """``llmrec <verb>``: finds the verb's module and hands the rest of the line to its main(argv).
 
-A module is imported only when its verb is chosen, so ``llmrec --help`` answers at once.
+A verb is one word or two. A module is imported only when its verb is chosen, so ``llmrec --help``
+answers at once.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 import llmrec
@@ -15,20 +16,25 @@ VERBS = {
     "embed": ("llmrec.encoders.store", "fill the embedding store: encode what is new or changed"),
     "evaluate": ("llmrec.evaluation.suite", "run a suite: several recommenders, one table"),
     "compare": ("llmrec.reporting.tables", "print the paired table of finished runs"),
+    "data prepare": ("llmrec.data.prepared", "read a data set once, for any number of runs"),
 }
 """verb -> (module with ``main(argv) -> int``, one line of help)."""
 
-HELP = "\n".join(
-    [
-        "usage: llmrec VERB [options]",
-        "",
-        *(f"  {verb:10s}{line}" for verb, (_, line) in VERBS.items()),
-        "",
-        "  llmrec VERB --help    the verb's options, with their units and defaults",
-        "  llmrec --version",
-        "",
-    ]
-)
+
+def _listing(verbs: Mapping[str, tuple[str, str]]) -> str:
+    return "\n".join(
+        [
+            "usage: llmrec VERB [options]",
+            "",
+            *(f"  {verb:14s}{line}" for verb, (_, line) in verbs.items()),
+            "",
+            "  llmrec VERB --help    the verb's options, with their units and defaults",
+            "",
+        ]
+    )
+
+
+HELP = f"{_listing(VERBS)}  llmrec --version\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,21 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for a mistake on the command line.
     """
-    verb, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    if verb in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        return 0
-    if verb in ("-V", "--version"):
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-V"], ["--version"]):
         sys.stdout.write(f"llmrec {llmrec.__version__}\n")
         return 0
-    if not verb:
-        sys.stderr.write(HELP)
+    for length in (1, 2):
+        verb = " ".join(words[:length])
+        if verb in VERBS:
+            return int(import_module(VERBS[verb][0]).main(words[length:]))
+    # No verb yet: the first word of some verbs of two words stands for all of those.
+    group = {verb: VERBS[verb] for verb in VERBS if words and verb.startswith(words[0] + " ")}
+    listing, rest = (_listing(group), words[1:]) if group else (HELP, words)
+    if rest[:1] in (["-h"], ["--help"], ["help"]):
+        sys.stdout.write(listing)
+        return 0
+    if not rest:
+        sys.stderr.write(listing)
         return 2
-    if verb not in VERBS:
-        sys.stderr.write(f"llmrec: no verb {verb!r}: {nearest(verb, VERBS)}\n")
-        return 2
-    module, _ = VERBS[verb]
-    return int(import_module(module).main(rest))
+    verb = f"{words[0]} {rest[0]}" if group else rest[0]
+    sys.stderr.write(f"llmrec: no verb {verb!r}: {nearest(verb, group or VERBS)}\n")
+    return 2
 
 
 def console() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -28,3 +29,8 @@ def exit_code(function: Callable[[Sequence[str]], int], argv: Sequence[str]) -> 
     except KeyboardInterrupt:
         sys.stderr.write("llmrec: interrupted; what was finished is kept.\n")
         return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.stderr.write("llmrec: the output cannot be written: the disk is full.\n")
+        return 2

@@ -138,11 +138,12 @@ def _found(file: str) -> str:
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        list(_names(values if isinstance(values, dict) else {}))  # endless where it holds itself
     except OSError as error:
         raise UsageError(
             f"--config {file} cannot be read ({error.strerror}). Shipped ones lie in configs/."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         where = ""
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             where = f" at line {error.problem_mark.line + 1}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmrec.errors import UsageError
 from llmrec.runs import JOURNAL, Journal
 
 
@@ -29,17 +32,32 @@ class EpochLog:
     """
 
     def __init__(
-        self, folder: Path, stage: str, select: str, console: Console, tensorboard: bool
+        self,
+        folder: Path,
+        stage: str,
+        select: str,
+        console: Console,
+        tensorboard: bool,
+        kept: int = 0,
     ) -> None:
-        """Start the journal of a stage, fit or refit; `select` is the validation measure."""
+        """Start the journal of a stage, or go on after its first `kept` epochs.
+
+        Args:
+            folder: the run folder.
+            stage: fit or refit.
+            select: the validation measure.
+            console: where a line per epoch goes.
+            tensorboard: whether curves are written too.
+            kept: epochs that a resumed run has behind it.
+        """
         self.stage, self.select, self.console, self.curves = stage, select, console, None
         if console.quiet:
             return
-        self.journal = Journal(folder / f"{stage}-{JOURNAL}")
+        self.journal = Journal(folder / f"{stage}-{JOURNAL}", kept)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # of the extra `report`
 
-            self.curves = SummaryWriter(str(folder))
+            self.curves = SummaryWriter(str(folder), purge_step=kept + 1)
 
     def add(self, epoch: int, seconds: float, loss: float, lr: float, score: float) -> None:
         """One epoch; `score` is NaN where there was no validation."""
@@ -52,10 +70,23 @@ class EpochLog:
         shown = "" if math.isnan(score) else f", valid {self.select} {score:.4f}"
         self.console.print(f"  {self.stage} epoch {epoch}: loss {loss:.4f}{shown}, {seconds:.1f} s")
         if self.curves:
-            for name, value in numbers.items():
-                self.curves.add_scalar(f"{self.stage}/{name}", value, epoch)
+            with self._writing():
+                for name, value in numbers.items():
+                    self.curves.add_scalar(f"{self.stage}/{name}", value, epoch)
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
         if self.curves:
-            self.curves.close()
+            with self._writing():
+                self.curves.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """TensorBoard's thread fails on a full disk; it says so at one of the next calls."""
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(
+                f"TensorBoard's curves in {self.journal.path.parent} cannot be written "
+                f"({error.strerror or error}). Free some space or leave out --run.tensorboard."
+            ) from error

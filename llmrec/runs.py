@@ -2,7 +2,7 @@
 
 runs/NAME/config.yaml                   the resolved config
 runs/NAME/fit-journal.jsonl             a line per epoch; refit-journal.jsonl for a refit
-runs/NAME/checkpoints/fit-epoch-007/    model.safetensors, manifest.json: the best epoch so far
+runs/NAME/checkpoints/                  see llmrec/checkpoints.py
 runs/NAME/per_user.parquet              written after the test evaluation
 runs/NAME/result.json                   written last: where it exists, the run is finished
 """
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ LEFTOVERS = (
     CHECKPOINTS,
     "events.out.tfevents.*",
     ".*.parquet.*",
+    ".*.json*",
+    ".*.yaml.*",
+    ".*.discarded",
 )
 """What a run writes beside its config; the result comes first, for it vouches for the others."""
 
@@ -101,13 +104,24 @@ def new_folder(path: Path) -> Iterator[Path]:
             hashes = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
             for file in temporary.iterdir():
                 sync(file)
-            write_json(temporary / MANIFEST, {"sha256": hashes})
+            write_manifest(temporary, hashes)
             temporary.chmod(0o755)
             temporary.rename(path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _manifest(hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a manifest holds: sha256 by file name, and its own over them."""
+    own = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return {"sha256": dict(hashes), "manifest": own}
+
+
+def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Write a folder's manifest: sha256 by file name."""
+    write_json(folder / MANIFEST, _manifest(hashes))
 
 
 def check_folder(path: Path, remedy: str) -> None:
@@ -118,43 +132,82 @@ def check_folder(path: Path, remedy: str) -> None:
     """
     manifest = path / MANIFEST
     try:
-        expected = json.loads(manifest.read_text())["sha256"].items()
+        written = manifest.read_bytes()
+        content = json.loads(written)
+        expected = dict(content["sha256"])
+        # As `write_json` puts it, byte for byte: changed white space is damage as well.
+        canonical = json.dumps(_manifest(expected), indent=2, ensure_ascii=False) + "\n"
+        whole = written == canonical.encode() and all(
+            name != ".." and "\0" not in name and Path(name).name == name != "" for name in expected
+        )
     except FileNotFoundError:
         raise UsageError(
             f"{manifest} is missing, so {path} was not written to its end. {remedy}"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UsageError(f"{manifest} is damaged. {remedy}") from None
-    for name, digest in expected:
-        if not (path / name).is_file():
-            raise UsageError(f"{path / name} is missing. {remedy}")
-        if sha256_of(path / name) != digest:
+    except OSError as error:
+        raise UsageError(
+            f"{manifest} cannot be read ({error.strerror or error}). {remedy}"
+        ) from None
+    except (ValueError, LookupError, TypeError):  # no JSON, or not of this shape
+        whole = False
+    if not whole or not expected:
+        raise UsageError(f"{manifest} is damaged. {remedy}")
+    for name, digest in expected.items():
+        file = path / name
+        try:
+            found = sha256_of(file)
+        except FileNotFoundError:
+            raise UsageError(f"{file} is missing. {remedy}") from None
+        except OSError as error:
             raise UsageError(
-                f"{path / name} is damaged: its sha256 differs from the manifest's. {remedy}"
-            )
+                f"{file} cannot be read ({error.strerror or error}). {remedy}"
+            ) from None
+        if found != digest:
+            raise UsageError(f"{file} is damaged: its sha256 differs from the manifest's. {remedy}")
 
 
-def remove_others(path: Path, pattern: str) -> None:
-    """Delete the folders beside `path` that match `pattern`: what a newer one made superfluous."""
-    for other in path.parent.glob(pattern):
-        if other != path:
-            shutil.rmtree(other)
+def discard(path: Path) -> None:
+    """Delete a folder so that it is never seen half deleted: it goes out of sight first."""
+    hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.discarded")
+    if hidden != path:
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 class Journal:
     """One JSON object a line, appended as things happen."""
 
-    def __init__(self, path: Path) -> None:
-        """Start an empty journal at `path`."""
+    def __init__(self, path: Path, kept: int = 0) -> None:
+        """Start a journal at `path`, with the first `kept` lines of the one that is there.
+
+        Raises:
+            UsageError: One of these lines is missing or no JSON; names its number.
+        """
         self.path = path
-        write_atomically(path, b"")
+        lines = path.read_bytes().splitlines(keepends=True)[:kept] if path.exists() else []
+        for number in range(1, kept + 1):
+            try:
+                json.loads(lines[number - 1])
+            except (IndexError, ValueError):
+                raise UsageError(
+                    f"{path} line {number} is missing or damaged, so the run cannot be resumed. "
+                    "Start over with --run.resume never."
+                ) from None
+        write_atomically(path, b"".join(lines))
 
     def add(self, **values: Any) -> None:
         """Append one line and force it to the disk."""
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with _writing(self.path):
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(values) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, size)
+                raise
 
 
 def check_vacant(folder: Path, overwrite: bool) -> None:
@@ -183,8 +236,11 @@ def open_run(folder: Path, config_yaml: str, overwrite: bool) -> None:
         UsageError: See `check_vacant`; or the folder cannot be written.
     """
     check_vacant(folder, overwrite)
+    new = folder / ".config.new"
+    write_atomically(new, config_yaml.encode())  # a full disk shows before anything is deleted
     with _writing(folder):
         for pattern in LEFTOVERS:
             for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_atomically(folder / CONFIG, config_yaml.encode())
+                discard(path) if path.is_dir() else path.unlink()
+        new.replace(folder / CONFIG)
+        sync(folder)

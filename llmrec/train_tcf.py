@@ -17,7 +17,6 @@ if __name__ == "__main__":  # by path: the repository's root comes first, not th
 import contextlib
 import importlib.util
 import math
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -27,13 +26,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmrec.data.batches import NegativeSampler, TrainingRows, windows
+from llmrec import checkpoints
+from llmrec.checkpoints import Progress
+from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows, windows
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import DataConfig, load_dataset
 from llmrec.data.splits import SplitConfig, fit_ends, split, summary, training_counts
@@ -43,22 +42,16 @@ from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.ranking import EvaluationConfig, UserVectors, rank
-from llmrec.evaluation.result import RunFacts, build_result, write_result
+from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
+from llmrec.launch import start
 from llmrec.models.baselines import BASELINES
-from llmrec.models.losses import LossConfig
-from llmrec.models.optim import OptimConfig, parameter_groups, rate
+from llmrec.models.losses import NEGATIVE_LOSSES, LossConfig
+from llmrec.models.optim import OptimConfig, parameter_groups, set_rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sasrec import USER_MODELS, UserModelConfig
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import EpochLog, progress_bar
-from llmrec.runs import (
-    CHECKPOINTS,
-    check_folder,
-    check_vacant,
-    new_folder,
-    open_run,
-    remove_others,
-)
+from llmrec.runs import CONFIG, RESULT, check_vacant, open_run, write_atomically
 
 Part = Literal["valid", "test"]
 HISTORIES = 512
@@ -81,6 +74,14 @@ class RunConfig:
     """Where the run is written. Empty: runs/<data>-<label>-s<seed>."""
     overwrite: bool = False
     """Whether a finished run in that folder may be replaced."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the unfinished run in that folder, if there is one; never: start anew.
+    --resume for short."""
+    checkpoint_steps: int | Literal["epoch"] = "epoch"
+    """Optimizer steps between two states that a killed run resumes from, beside those at the end of
+    every epoch."""
+    keep_states: int = 1
+    """States kept at a time, the latest; an older one helps only if the disk damages the newer."""
     store: str = "cache/embeddings"
     """Folder of the embedding store."""
     fit_on: Literal["train", "train+valid"] = "train"
@@ -96,6 +97,10 @@ class RunConfig:
         """Refuse seeds that not every random generator takes."""
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"run.seed={self.seed} must lie in [0, 2**32).")
+        if self.checkpoint_steps != "epoch" and self.checkpoint_steps < 1:
+            raise UsageError(f"run.checkpoint_steps={self.checkpoint_steps} must be at least 1.")
+        if self.keep_states < 1:
+            raise UsageError(f"run.keep_states={self.keep_states} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ class Task:
     config: TrainConfig
     dataset: Dataset
     split: Split
+    identity: dict[str, Any]
+    """What decides the run's numbers: options, data, encoder."""
     accelerator: Accelerator
     console: Console
 
@@ -131,13 +138,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Learner:
-    """What a training step moves and draws from."""
+    """One stage of training: what a step moves, what it draws from, and how far it is."""
 
-    model: nn.Module
+    stage: Literal["fit", "refit"]
+    model: Recommender
+    wrapped: nn.Module
+    """The model as Accelerate distributes it."""
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
     rows: TrainingRows
-    negatives: NegativeSampler | None
+    negatives: NegativeSampler | SharedNegatives | None
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def configure(argv: Sequence[str]) -> TrainConfig:
     """The config of a command line, with the run's label and folder filled in."""
-    config = parse(TrainConfig, argv, PROG, DESCRIPTION)
+    words = [f"--run.{w[2:]}" if w.partition("=")[0] == "--resume" else w for w in argv]
+    config = parse(TrainConfig, words, PROG, DESCRIPTION)
     Measure.parse(config.run.select)
     label = config.run.label or _label(config)
     data = Path(config.data.source).stem
@@ -175,7 +186,7 @@ def _label(config: TrainConfig) -> str:
 def run(argv: Sequence[str]) -> int:
     """Data -> tower and user model -> training -> one test -> run folder."""
     config = configure(argv)
-    accelerator = start(config)
+    accelerator = start(config.run.precision)
     console = Console(
         stderr=True,
         quiet=not accelerator.is_main_process,
@@ -185,7 +196,8 @@ def run(argv: Sequence[str]) -> int:
     )
     check_vacant(Path(config.run.folder), config.run.overwrite)
     dataset = load_dataset(config.data)
-    task = Task(config, dataset, split(dataset, config.split), accelerator, console)
+    who = identity(as_dict(config), dataset.fingerprint())
+    task = Task(config, dataset, split(dataset, config.split), who, accelerator, console)
     console.print(
         f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
         f"{dataset.interactions.user_count} users, {dataset.item_count} items, "
@@ -196,8 +208,9 @@ def run(argv: Sequence[str]) -> int:
     console.print(f"  {summary(dataset, task.split)}")
     learns = config.model.name not in BASELINES
     encoded = prepare(task) if learns else None  # may refuse, so before the folder is made
-    if accelerator.is_main_process:
-        open_run(task.folder, as_yaml(config), config.run.overwrite)
+    if encoded is not None:
+        who |= {"encoder weights": encoded.encoder["weights"]}
+    open_or_resume(task)
     rankings, cost = train(task, encoded) if learns else score_baseline(task)
     if accelerator.is_main_process:
         finish(task, rankings, cost)
@@ -206,24 +219,21 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def start(config: TrainConfig) -> Accelerator:
-    """The processes, their devices and the number format."""
-    precision = config.run.precision
-    if precision == "auto":
-        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if gpu else "fp32"
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=not torch.accelerator.is_available(),  # unsaid, torchrun's processes would not join
-    )
-    wanted = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != wanted:
-        raise UsageError(
-            f"{wanted} processes were launched but {accelerator.num_processes} joined. Start them "
-            "with accelerate launch or torchrun."
-        )
-    return accelerator
+def open_or_resume(task: Task) -> None:
+    """Start a run folder, or keep the unfinished run in it if this is the same one."""
+    run, accelerator = task.config.run, task.accelerator
+    states = [checkpoints.newest_state(task.folder, stage) for stage in ("fit", "refit")]
+    unfinished = [state for state in states if state]
+    if run.resume == "auto" and unfinished and not (task.folder / RESULT).exists():
+        for state in unfinished:
+            checkpoints.refuse_another(state, task.identity, accelerator.num_processes)
+        if accelerator.is_main_process:
+            write_atomically(task.folder / CONFIG, as_yaml(task.config).encode())
+    else:
+        accelerator.wait_for_everyone()  # all have looked
+        if accelerator.is_main_process:
+            open_run(task.folder, as_yaml(task.config), run.overwrite)
+    accelerator.wait_for_everyone()
 
 
 def score_baseline(task: Task) -> tuple[dict[str, Ranking], dict[str, Any]]:
@@ -312,81 +322,119 @@ def fit(
         refit_epochs: train so many epochs and keep the last weights; otherwise validate after each,
             stop early and keep the best.
     """
-    config, accelerator = task.config, task.accelerator
-    rows = TrainingRows.of(task.dataset.interactions, train_end, config.model.max_length)
-    negatives = None
-    if config.loss.name == "bce":
-        negatives = NegativeSampler(task.dataset.interactions, train_end, task.dataset.item_count)
+    config, accelerator, folder = task.config, task.accelerator, task.folder
+    learner = start_stage(task, encoded, train_end, "refit" if refit_epochs else "fit")
+    stage, model, progress = learner.stage, learner.model, learner.progress
+    kept = progress.epoch - 1
+    select = config.run.select
+    log = EpochLog(folder, stage, select, task.console, config.run.tensorboard, kept)
+    while not progress.finished:
+        loss = train_epoch(task, learner)
+        score = math.nan
+        if not refit_epochs:
+            ranking = evaluate(task, model, "valid")
+            score = float(Measure.parse(select).per_case(ranking).mean())
+        lr = float(learner.optimizer.param_groups[0]["lr"])
+        log.add(progress.epoch, progress.epoch_seconds, loss, lr, score)
+        if refit_epochs or progress.best is None or score > progress.best:
+            progress.best = None if refit_epochs else score
+            progress.best_epoch = progress.epoch
+            if accelerator.is_main_process:
+                checkpoints.save_weights(folder, stage, progress.epoch, model)
+        impatient = progress.epoch - progress.best_epoch >= config.optim.patience
+        last = progress.epoch == (refit_epochs or config.optim.epochs)
+        progress.finished = last or impatient
+        progress.seconds += progress.epoch_seconds
+        progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
+        save_state(task, learner, loss=0.0)
+    log.close()
+    accelerator.wait_for_everyone()
+    checkpoints.load_weights(folder, stage, progress.best_epoch, model)
+    cost = {
+        "train_seconds": progress.seconds,
+        "epochs": progress.epoch - 1,
+        "selected_epoch": progress.best_epoch,
+        "trainable_parameters": sum(weight.numel() for weight in model.parameters()),
+        "flops": sum(progress.flops),
+    }
+    validation = None if refit_epochs else evaluate(task, model, "valid")
+    return Fitted(model, progress.best_epoch, validation, cost)
+
+
+def start_stage(
+    task: Task, encoded: Encoded | None, train_end: Int64, stage: Literal["fit", "refit"]
+) -> Learner:
+    """Fresh weights and optimizer, or those of the latest state that a killed run left."""
+    config, accelerator, dataset = task.config, task.accelerator, task.dataset
+    rows = TrainingRows.of(dataset.interactions, train_end, config.model.max_length)
+    negatives: NegativeSampler | SharedNegatives | None = None
+    if config.loss.name in NEGATIVE_LOSSES:
+        data = (dataset.interactions, train_end, dataset.item_count)
+        shares, sampler = config.loss.shares, config.loss.sampler
+        negatives = SharedNegatives.of(*data, sampler) if shares else NegativeSampler(*data)
     model = build(task, encoded, train_end)
-    trainable = sum(weight.numel() for weight in model.parameters())
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optim), lr=config.optim.lr, fused=True
     )
-    steps = config.optim.epochs * math.ceil(len(rows) / config.optim.batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate(step, steps, config.optim)
-    )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    learner = Learner(wrapped, optimizer, scheduler, rows, negatives)
-    if accelerator.process_index:  # the weights come from the first process, dropout is one's own
-        torch.manual_seed(config.run.seed + accelerator.process_index)
-    stage = "fit" if refit_epochs is None else "refit"
-    log = EpochLog(task.folder, stage, config.run.select, task.console, config.run.tensorboard)
-    best, best_epoch, validation, train_seconds = -math.inf, 0, None, 0.0
-    for epoch in range(1, (refit_epochs or config.optim.epochs) + 1):
-        began = time.perf_counter()
-        loss = train_epoch(task, learner, epoch)
-        seconds, score = time.perf_counter() - began, math.nan
-        train_seconds += seconds
-        if refit_epochs is None:
-            ranking = evaluate(task, model, "valid")
-            score = float(Measure.parse(config.run.select).per_case(ranking).mean())
-        log.add(epoch, seconds, loss, float(scheduler.get_last_lr()[0]), score)
-        if refit_epochs is not None or score > best:
-            best, best_epoch, validation = score, epoch, ranking if refit_epochs is None else None
-            save(task, model, stage, epoch)
-        elif epoch - best_epoch >= config.optim.patience:
-            break
-    log.close()
+    progress, state = Progress(), checkpoints.newest_state(task.folder, stage)
+    if state is not None:
+        progress = checkpoints.load_state(state, model, optimizer)
+        model.flops = progress.flops[accelerator.process_index]
+        task.console.print(
+            f"  resuming {stage}: {progress.epoch - 1} epochs and {progress.step} steps are done"
+        )
+        if accelerator.is_main_process:
+            checkpoints.tidy(task.folder, stage, config.run.keep_states)
     accelerator.wait_for_everyone()
-    load(task, model, stage, best_epoch)
-    cost = {
-        "train_seconds": train_seconds,
-        "epochs": epoch,
-        "selected_epoch": best_epoch,
-        "trainable_parameters": trainable,
-        "flops": model.flops * accelerator.num_processes,
-    }
-    return Fitted(model, best_epoch, validation, cost)
+    return Learner(stage, model, wrapped, optimizer, rows, negatives, progress)
 
 
-def train_epoch(task: Task, learner: Learner, epoch: int) -> float:
-    """One pass over all rows; the mean loss of a position."""
-    optim, accelerator = task.config.optim, task.accelerator
-    plan = np.random.default_rng((task.config.run.seed, epoch))  # the same on every process
-    draws = np.random.default_rng((task.config.run.seed, epoch, 1 + accelerator.process_index))
+def train_epoch(task: Task, learner: Learner) -> float:
+    """One pass over all rows, or the rest of it; the mean loss of a position.
+
+    Nothing random outlives a step: the order of the batches follows from seed and epoch, negatives
+    from these and the step, dropout from these and the process. So a resumed run does what an
+    undisturbed one does.
+    """
+    config, accelerator, progress = task.config, task.accelerator, learner.progress
+    optim, rows, seed, epoch = config.optim, learner.rows, config.run.seed, progress.epoch
     smallest = accelerator.num_processes * optim.accumulate
-    batches = learner.rows.batches(optim.batch_size, smallest, plan)
-    summed, positions = torch.zeros((), device=accelerator.device), 0
-    learner.model.train()
-    with progress_bar(task.console) as progress:
-        bar = progress.add_task(f"epoch {epoch}", total=len(batches))
-        for number, batch in enumerate(batches, start=1):
-            summed += train_step(task, learner, batch, draws)
-            positions += int(learner.rows.lengths[batch].sum())
+    batches = rows.batches(optim.batch_size, smallest, np.random.default_rng((seed, epoch)))
+    steps = optim.epochs * math.ceil(len(rows) / optim.batch_size)
+    summed = torch.zeros((), device=accelerator.device)
+    if progress.losses:
+        summed += progress.losses[accelerator.process_index]
+    learner.wrapped.train()
+    began = time.perf_counter() - progress.epoch_seconds
+    with progress_bar(task.console) as bar:
+        shown = bar.add_task(f"epoch {epoch}", total=len(batches), completed=progress.step)
+        for number in range(progress.step, len(batches)):
+            noise = np.random.SeedSequence((seed, epoch, number, accelerator.process_index))
+            torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
+            rng = np.random.default_rng((seed, epoch, number))
+            summed += train_step(task, learner, batches[number], rng)
             if optim.clip != "off":
-                accelerator.clip_grad_norm_(learner.model.parameters(), optim.clip)
+                accelerator.clip_grad_norm_(learner.wrapped.parameters(), optim.clip)
+            set_rate(learner.optimizer, (epoch - 1) * len(batches) + number, steps, optim)
             learner.optimizer.step()
-            learner.scheduler.step()
             learner.optimizer.zero_grad()
-            progress.update(bar, completed=number)
-            if (number % 50 == 0 or number == len(batches)) and not torch.isfinite(summed):
+            progress.step = number + 1
+            bar.update(shown, completed=progress.step)
+            last = progress.step == len(batches)
+            due = config.run.checkpoint_steps
+            saving = due != "epoch" and progress.step % due == 0 and not last
+            if (saving or last or progress.step % 50 == 0) and not torch.isfinite(summed):
                 raise UsageError(
-                    f"the loss is not finite in epoch {epoch}, by step {number}. Lower "
-                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip}; nothing of this "
-                    "epoch was written."
+                    f"the loss is not finite in epoch {epoch}, by step {progress.step}. Lower "
+                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip}, and start over with "
+                    "--run.resume never."
                 )
-    return float(accelerator.reduce(summed, "sum")) / positions
+            if saving:
+                progress.epoch_seconds = time.perf_counter() - began
+                save_state(task, learner, float(summed))
+    progress.epoch_seconds = time.perf_counter() - began
+    return float(accelerator.reduce(summed, "sum")) / int(rows.lengths.sum())
 
 
 def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Generator) -> Tensor:
@@ -394,27 +442,44 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
 
     The gradient is that of the mean over all positions of the step, however many processes and
     pieces share them: each piece's sum is divided by the whole step's positions, and DDP's
-    averaging is undone.
+    averaging is undone. Negatives are drawn for the whole step by every process, which then takes
+    its own, so they do not depend on the number of processes or pieces either.
     """
-    accelerator, rows = task.accelerator, learner.rows
-    world = accelerator.num_processes
+    accelerator, rows, count = task.accelerator, learner.rows, task.config.loss.negatives
+    world, rank = accelerator.num_processes, accelerator.process_index
+    width = int(rows.lengths[batch].max())
     positions = int(rows.lengths[batch].sum())
-    pieces = np.array_split(batch[accelerator.process_index :: world], task.config.optim.accumulate)
+    shared, drawn = np.empty(0, np.int64), np.empty((len(batch), width, 0), np.int64)
+    if isinstance(learner.negatives, SharedNegatives):
+        shared = learner.negatives.draw(count, rng)
+    elif learner.negatives is not None:
+        drawn = learner.negatives.draw(rows.users[batch], (width, count), rng)
+    parts = np.array_split(np.arange(len(batch))[rank::world], task.config.optim.accumulate)
     summed = torch.zeros((), device=accelerator.device)
-    for number, piece in enumerate(pieces, start=1):
-        inputs, targets = rows.pairs(piece)
-        drawn = np.empty((*inputs.shape, 0), np.int64)
-        if learner.negatives is not None:
-            drawn = learner.negatives.draw(
-                rows.users[piece], (inputs.shape[1], task.config.loss.negatives), rng
-            )
-        moved = Batch(*map(torch.from_numpy, (inputs, targets, drawn))).to(accelerator.device)
-        waiting = number < len(pieces)
-        with accelerator.no_sync(learner.model) if waiting else contextlib.nullcontext():
-            loss = learner.model(moved)
+    for number, part in enumerate(parts, start=1):
+        inputs, targets = rows.pairs(batch[part])
+        own = drawn[part, width - inputs.shape[1] :]  # windows are left padded
+        negatives = shared if task.config.loss.shares else own
+        moved = Batch(*map(torch.from_numpy, (inputs, targets, negatives))).to(accelerator.device)
+        waiting = number < len(parts)
+        with accelerator.no_sync(learner.wrapped) if waiting else contextlib.nullcontext():
+            loss = learner.wrapped(moved)
             accelerator.backward(loss * (world / positions))
         summed += loss.detach()
     return summed
+
+
+def save_state(task: Task, learner: Learner, loss: float) -> None:
+    """Write what a killed run resumes from; `loss` is this process's sum over the epoch so far."""
+    progress, accelerator = learner.progress, task.accelerator
+    progress.losses = gather_object([loss])
+    progress.flops = gather_object([learner.model.flops])
+    if accelerator.is_main_process:
+        keep = task.config.run.keep_states
+        checkpoints.save_state(
+            task.folder, learner.stage, learner.model, learner.optimizer, progress,
+            task.identity, keep,
+        )  # fmt: skip
 
 
 def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:
@@ -428,8 +493,8 @@ def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:
     @torch.inference_mode()
     def users(block: Int64) -> Tensor:
         pieces = []
-        for start in range(0, len(block), HISTORIES):
-            piece = block[start : start + HISTORIES]
+        for first in range(0, len(block), HISTORIES):
+            piece = block[first : first + HISTORIES]
             seen = windows(
                 interactions, cases.user[piece], cases.end[piece], task.config.model.max_length
             )
@@ -462,23 +527,6 @@ def rank_cases(task: Task, users: UserVectors, items: Tensor, part: Part) -> Ran
     return merge(gather_object([ranked]), len(cases))
 
 
-def save(task: Task, model: Recommender, stage: str, epoch: int) -> None:
-    """Write a checkpoint beside the older ones, then delete those of the same stage."""
-    if task.accelerator.is_main_process:
-        path = task.folder / CHECKPOINTS / f"{stage}-epoch-{epoch:03d}"
-        with new_folder(path) as folder:
-            weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-            save_file(weights, folder / "model.safetensors")
-        remove_others(path, f"{stage}-epoch-*")
-
-
-def load(task: Task, model: Recommender, stage: str, epoch: int) -> None:
-    """Put a checkpoint's weights into the model."""
-    path = task.folder / CHECKPOINTS / f"{stage}-epoch-{epoch:03d}"
-    check_folder(path, f"Train again with --run.folder {task.folder} --run.overwrite true.")
-    model.load_state_dict(load_file(path / "model.safetensors"))
-
-
 def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> None:
     """Write per-user values and the result, and say the main figures."""
     config = task.config
@@ -501,6 +549,7 @@ def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> No
     )
     result = build_result(facts, task.dataset, task.split, rankings)
     write_result(task.folder, result)
+    checkpoints.finish_checkpoints(task.folder)
     test = result.record["metrics"]["test"]
     shown = ", ".join(f"{name} {test[name]['mean']:.4f}" for name in ("HR@10", "NDCG@10"))
     task.console.print(f"{config.run.label}, seed {config.run.seed}: test {shown} -> {task.folder}")

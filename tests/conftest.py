@@ -1,6 +1,7 @@
 """Shared fixtures. Tests never reach outside this machine unless marked `network`."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
+    """`figure("kills survived", "50 of 50")`: what a test measured, printed after the session."""
+    return lambda name, value: record_property(f"figure: {name}", value)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print every figure that the tests measured."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    lines = [
+        f"{report.nodeid.partition('::')[0]}: {name.removeprefix('figure: ')}: {value}"
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name.startswith("figure: ")
+    ]
+    if lines:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(sorted(lines)))
 
 
 @pytest.fixture(scope="session")

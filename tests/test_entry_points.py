@@ -67,6 +67,25 @@ def test_an_unknown_verb_is_one_sentence_with_the_nearest(
     assert capsys.readouterr().err == "llmrec: no verb 'evalute': did you mean evaluate?\n"
 
 
+def test_the_first_word_of_a_verb_of_two_lists_the_verbs_that_begin_with_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["data", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n  data prepare " in shown and "train" not in shown
+    assert cli.main(["data"]) == 2
+    assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("words", [["data", "prepar"], ["data", "nonsense"], ["prepare"]])
+def test_a_misspelt_verb_of_two_words_is_answered_with_the_right_one(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--out", "here"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"llmrec: no verb {' '.join(words)!r}: ") and "data prepare" in said
+
+
 def test_python_dash_m_is_the_console_command() -> None:
     assert run(sys.executable, "-m", "llmrec", "--help").stdout == cli.HELP
 
@@ -80,9 +99,9 @@ def test_the_installed_command_is_the_same_program() -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_and_refuses_an_unknown_option(verb: str) -> None:
-    done = run(sys.executable, "-m", "llmrec", verb, "--help")
+    done = run(sys.executable, "-m", "llmrec", *verb.split(), "--help")
     assert done.returncode == 0 and "usage:" in done.stdout.lower(), done.stderr
-    wrong = run(sys.executable, "-m", "llmrec", verb, "--no-such-option", "1")
+    wrong = run(sys.executable, "-m", "llmrec", *verb.split(), "--no-such-option", "1")
     assert wrong.returncode == 2
     assert "no-such-option" in wrong.stderr and "Traceback" not in wrong.stderr
 

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # 0 first; a name covers the modules below it
     "errors",
     "resources runs doctor",
-    "options progress",
+    "options progress checkpoints launch",
     "data.interactions",
-    "evaluation.ranking evaluation.metrics evaluation.significance evaluation.slices encoders.text "
-    "data",
+    "evaluation.ranking evaluation.metrics evaluation.significance evaluation.slices "
+    "evaluation.beyond encoders.text data",
     "models encoders.tower encoders.store data.batches prompting.p5 prompting.indexing "
     "prompting.decoding prompting.parsing prompting.templates",
     "evaluation.result models.recommender",  # joins a tower and a user model
@@ -30,12 +30,13 @@ LAYERS = [  # 0 first; a name covers the modules below it
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 NO_TORCH = (
-    r"data\.(interactions|readers|splits)(\..*)?|evaluation\.(metrics|significance)|reporting\..*"
+    r"data\.(interactions|readers|prepared|splits)(\..*)?|evaluation\.(metrics|significance)|"
+    r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it
     "transformers": r"(encoders|prompting|transfer)\..*",
     "peft": r"(encoders|prompting|transfer)\..*",
-    "accelerate": r"encoders\..*|train_tcf|prompting\.(train_p5|rating)|transfer\.pretrain",
+    "accelerate": r"encoders\..*|launch|train_tcf|prompting\.(train_p5|rating)|transfer\.pretrain",
     "vllm": r"chat\..*|encoders\.store.*",
     "openai": r"chat\..*|encoders\.store.*",
     "torch": rf"(?!{NO_TORCH}$).*",

@@ -9,7 +9,7 @@ import pytest
 
 from llmrec import runs
 from llmrec.errors import UsageError
-from llmrec.runs import check_folder, new_folder, open_run, remove_others, write_atomically
+from llmrec.runs import Journal, check_folder, discard, new_folder, open_run, write_atomically
 
 
 def failing(monkeypatch, name, code):
@@ -95,6 +95,16 @@ def test_a_folder_is_never_replaced(tmp_path):
     assert (path / "model").read_bytes() == b"old"
 
 
+def rewrite(file, change):
+    """Replace a file's bytes by what `change` makes of them."""
+    file.write_bytes(change(file.read_bytes()))
+
+
+def manifest_of(path, hashes):
+    """A well-formed manifest with other contents."""
+    runs.write_manifest(path, hashes)
+
+
 DAMAGE = {
     "a missing file": (lambda path: (path / "model").unlink(), "model is missing"),
     "a truncated file": (lambda path: (path / "model").write_bytes(b"weight"), "model is damaged"),
@@ -113,6 +123,33 @@ DAMAGE = {
         lambda path: (path / "manifest.json").write_text('{"sha256": null}'),
         r"manifest\.json is damaged",
     ),
+    "an empty manifest": (
+        lambda path: manifest_of(path, {}),
+        r"manifest\.json is damaged",
+    ),
+    "a manifest without its last newline": (
+        lambda path: rewrite(path / "manifest.json", lambda data: data[:-1]),
+        r"manifest\.json is damaged",
+    ),
+    "a manifest with other white space": (
+        lambda path: rewrite(path / "manifest.json", lambda data: data.replace(b"  ", b" \t", 1)),
+        r"manifest\.json is damaged",
+    ),
+    "a manifest that names a file twice": (
+        lambda path: rewrite(
+            path / "manifest.json",
+            lambda data: data.replace(b'    "model', b'    "model": 1, "model'),
+        ),
+        r"manifest\.json is damaged",
+    ),
+    "a folder in a file's place": (
+        lambda path: ((path / "model").unlink(), (path / "model").mkdir()),
+        r"model cannot be read \(Is a directory\)",
+    ),
+    "a folder in the manifest's place": (
+        lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").mkdir()),
+        r"manifest\.json cannot be read \(Is a directory\)",
+    ),
 }
 
 
@@ -125,22 +162,63 @@ def test_damage_is_named_with_the_way_out(tmp_path, damage):
         check_folder(path, "Train again.")
 
 
-def test_every_flipped_bit_is_detected(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["../secret", "/secret", "a/secret", "..", ".", "", "sub/../model", "a\0b"]
+)
+def test_a_manifest_names_plain_files_only(tmp_path, name):
     path = checkpoint(tmp_path / "epoch-001", model=b"weights")
-    for byte in range(7):
-        for bit in range(8):
-            data = bytearray(b"weights")
-            data[byte] ^= 1 << bit
-            (path / "model").write_bytes(data)
-            with pytest.raises(UsageError):
-                check_folder(path, "")
+    (tmp_path / "secret").write_bytes(b"weights")
+    manifest_of(path, {name: runs.sha256_of(path / "model")})
+    with pytest.raises(UsageError, match=r"manifest\.json is damaged"):
+        check_folder(path, "")
 
 
-def test_removing_the_others_keeps_this_one_and_other_stages(tmp_path):
-    for name in ("fit-epoch-001", "fit-epoch-002", "fit-epoch-010", "refit-epoch-001"):
-        checkpoint(tmp_path / name, model=b"weights")
-    remove_others(tmp_path / "fit-epoch-002", "fit-epoch-*")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit-epoch-002", "refit-epoch-001"]
+@pytest.mark.parametrize("name", ["model", "manifest.json"])
+def test_every_flipped_bit_and_every_truncation_is_detected(tmp_path, name):
+    path = checkpoint(tmp_path / "epoch-001", model=b"weights")
+    whole = (path / name).read_bytes()
+    harmed = [whole[:size] for size in range(len(whole))]
+    for place in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        harmed.append(bytes(data))
+    for data in harmed:
+        (path / name).write_bytes(data)
+        with pytest.raises(UsageError):
+            check_folder(path, "")
+    (path / name).write_bytes(whole)
+    check_folder(path, "")
+
+
+def test_a_discarded_folder_goes_out_of_sight_before_it_is_deleted(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "old", model=b"weights")
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            discard(tmp_path / "old")
+    (tmp_path / ".old.discarded").mkdir(exist_ok=True)  # what a kill in between leaves
+    if (tmp_path / "old").exists():
+        discard(tmp_path / "old")
+    assert not (tmp_path / "old").exists()
+
+
+def test_resuming_a_journal_keeps_its_first_lines_and_drops_a_torn_one(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    Journal(path, kept=2).add(epoch=3)
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kept", [2, 3])
+def test_a_journal_line_that_is_damaged_or_gone_is_named(tmp_path, kept):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"epoch": 1}\n{"ep\n')
+    with pytest.raises(UsageError, match="line 2 is missing or damaged"):
+        Journal(path, kept)
 
 
 def test_a_journal_is_one_object_per_line_as_soon_as_it_is_added(tmp_path):

@@ -207,7 +207,10 @@ def test_popularity_counts_the_part_it_may_learn_from(tmp_path):
 
 
 def scripted(monkeypatch, places):
-    """Validation puts every target at the given place, one place per epoch; counts test calls."""
+    """Validation puts every target at the given place, call by call; returns the parts judged.
+
+    Its last call judges the selected epoch's weights once more, for the result.
+    """
     real, parts = train_tcf.evaluate, []
 
     def evaluate(task, model, part):
@@ -225,10 +228,10 @@ def scripted(monkeypatch, places):
 
 
 def test_early_stopping_keeps_the_best_epoch_and_scores_the_test_set_once(monkeypatch, tmp_path):
-    parts = scripted(monkeypatch, [5, 3, 8, 3, 9, 1])
+    parts = scripted(monkeypatch, [5, 3, 8, 3, 9, 3])
     folder = train(tmp_path / "run", optim__epochs=6, optim__patience=3)
     # Epoch 2 is the best; 3, 4 (equal is not better) and 5 are not, so epoch 6 never comes.
-    assert parts == ["valid"] * 5 + ["test"]
+    assert parts == ["valid"] * (5 + 1) + ["test"]
     assert record(folder)["cost"]["epochs"] == 5
     assert record(folder)["cost"]["selected_epoch"] == 2
     assert mean(folder, "MRR@10", "valid") == pytest.approx(1 / 3)
@@ -236,24 +239,38 @@ def test_early_stopping_keeps_the_best_epoch_and_scores_the_test_set_once(monkey
 
 
 def test_a_refit_scores_the_test_set_once_as_well(monkeypatch, tmp_path):
-    parts = scripted(monkeypatch, [5, 3])
+    parts = scripted(monkeypatch, [5, 3, 3])
     train(tmp_path / "run", run__fit_on="train+valid")
-    assert parts == ["valid", "valid", "test"]
+    assert parts == ["valid", "valid", "valid", "test"]
 
 
 def test_the_tested_weights_are_the_selected_epochs(monkeypatch, tmp_path):
     same = {"optim__schedule": "constant", "optim__warmup_share": 0}  # whatever optim.epochs is
     one = train(tmp_path / "one", optim__epochs=1, **same)
-    scripted(monkeypatch, [1, 2, 2])
+    scripted(monkeypatch, [1, 2, 2, 1])
     three = train(tmp_path / "three", optim__epochs=3, **same)
     assert len(journal(three)) == 3
     assert checkpoint(three).name == "fit-epoch-001"
     assert per_user(three).equals(per_user(one))
 
 
-@pytest.mark.parametrize("name", ["bce", "in_batch"])
-def test_every_loss_trains(tmp_path, name):
-    folder = train(tmp_path / name, loss__name=name, loss__negatives=2, optim__epochs=4)
+SAMPLED = {"loss__negatives": 50}
+LOSSES = {
+    "in_batch": {},
+    "bce": SAMPLED,
+    "bce shared": SAMPLED | {"loss__share_negatives": True},
+    "gbce": SAMPLED,
+    "gbce shared": SAMPLED | {"loss__share_negatives": True, "loss__sampler": "popularity"},
+    "sampled_softmax": SAMPLED,
+    "sampled_softmax by popularity": SAMPLED
+    | {"loss__sampler": "popularity", "loss__correct_positive": True},
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_every_loss_trains(tmp_path, case):
+    named = {"loss__name": case.split()[0], "optim__epochs": 4}
+    folder = train(tmp_path / "run", **named, **LOSSES[case])
     losses = [entry["loss"] for entry in journal(folder)]
     assert losses[-1] < losses[0]
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from small_runs import command, refusal, train
 
-from llmrec import train_tcf
+from llmrec import launch, train_tcf
 from llmrec.encoders import store
 
 ROWS = [f"u{user},i{(user + step) % 7},{step}" for user in range(6) for step in range(6)]
@@ -147,8 +147,9 @@ def test_curves_without_tensorboard_name_the_extra(monkeypatch, tmp_path):
 
 def test_processes_that_do_not_join_are_refused_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(
-        train_tcf, "Accelerator", lambda **options: type("One", (), {"num_processes": 1})
+        launch, "Accelerator", lambda **options: type("One", (), {"num_processes": 1})
     )
     check(refusal(tmp_path / "run"), "2 processes were launched but 1 joined")
     assert not (tmp_path / "run").exists()

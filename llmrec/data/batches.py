@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.data.interactions import Int64, Interactions
+from llmrec.data.interactions import Int32, Int64, Interactions
 
 POOL_BATCHES = 32
 """Batches sorted by length together: wide enough to trim, narrow enough to stay random."""
@@ -91,6 +92,32 @@ class TrainingRows:
         """Inputs and targets of some rows, each (B, L), left padded, trimmed to the longest."""
         both = windows(self.interactions, self.users[rows], self.ends[rows], self.max_length + 1)
         return both[:, :-1], np.where(both[:, :-1] > 0, both[:, 1:], 0)
+
+
+@dataclass(frozen=True)
+class SharedNegatives:
+    """Draws, with replacement, the items that serve as negatives for all positions of a step."""
+
+    pool: Int32
+    """Every item as often as its weight: 1..N once each, or all training interactions."""
+
+    @classmethod
+    def of(
+        cls,
+        interactions: Interactions,
+        train_end: Int64,
+        item_count: int,
+        sampler: Literal["uniform", "popularity"],
+    ) -> SharedNegatives:
+        """uniform: any item; popularity: by its number of training interactions."""
+        if sampler == "uniform":
+            return cls(np.arange(1, item_count + 1, dtype=np.int32))
+        rows = np.arange(len(interactions.items)) < np.repeat(train_end, interactions.lengths)
+        return cls(interactions.items[rows])
+
+    def draw(self, count: int, rng: np.random.Generator) -> Int64:
+        """(K,) item ids."""
+        return self.pool[rng.integers(0, len(self.pool), size=count)].astype(np.int64)
 
 
 class NegativeSampler:

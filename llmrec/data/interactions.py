@@ -6,8 +6,8 @@ Frozen dataclasses over numpy arrays; no torch and no DataFrames here.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +121,9 @@ class Dataset:
     """What reading and filtering did, for the result: name -> number."""
     order: Literal["timestamp", "position", "file"] = "file"
     """What sorted each user's interactions; ties stand in the order of the file."""
+    prepared_with: dict[str, Any] | None = field(default=None, compare=False)
+    """The options it was once read with, where it comes from a prepared folder."""
+    _known_fingerprint: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def item_count(self) -> int:
@@ -129,6 +132,8 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """sha256 over sequences, external ids and item texts: equal only for equal data."""
+        if self._known_fingerprint:
+            return self._known_fingerprint
         digest = hashlib.sha256()
         for array in (
             self.interactions.items,
@@ -143,3 +148,13 @@ class Dataset:
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
             digest.update(b"|")
         return digest.hexdigest()
+
+    def with_fingerprint(self, fingerprint: str) -> Dataset:
+        """The same data, its fingerprint known from when it was written: not computed again.
+
+        `dataclasses.replace` makes a data set that computes its own: the field is no part of
+        ``__init__``, so a changed copy never carries the old one.
+        """
+        known = replace(self)
+        object.__setattr__(known, "_known_fingerprint", fingerprint)
+        return known

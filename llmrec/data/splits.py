@@ -13,6 +13,21 @@ from llmrec.errors import UsageError
 
 FitOn = Literal["train", "train+valid"]
 
+REPAIRS = {
+    "interactions_absent_from_items_file": "interactions with items absent from the items file",
+    "interactions_repeated_exactly": "exact duplicate interactions (kept)",
+    "ratings_missing": "ratings missing",
+    "timestamps_scaled_to_seconds": "timestamps scaled to seconds",
+    "ids_with_spaces_trimmed": "ids with spaces trimmed",
+    "ids_written_as_floats": "ids written as 7.0 read as 7",
+    "headers_with_spaces_trimmed": "headers trimmed",
+    "blank_lines_dropped": "blank lines dropped",
+    "lines_inside_quoted_values": "lines inside quoted values",
+    "columns_that_are_no_text_dropped": "columns dropped (no text)",
+    "item_descriptions_beyond_the_first": "item descriptions beyond the first",
+}
+"""What readers repair or notice and count, in words."""
+
 
 @dataclass(frozen=True)
 class SplitConfig:
@@ -259,7 +274,7 @@ def _counts(dataset: Dataset, result: Split) -> dict[str, int]:
 def summary(dataset: Dataset, cut: Split) -> str:
     """What reading, filtering and splitting dropped or found, in one line."""
     counts = dataset.counts | cut.counts
-    shown = {
+    shown = REPAIRS | {
         "users_dropped_too_few_interactions": "users dropped (too few interactions)",
         "interactions_dropped_beyond_most_recent": "interactions dropped (beyond the most recent)",
         "items_with_empty_text": "items without text",

@@ -1,13 +1,15 @@
 """The embedding store: a text is encoded once and its vector never taken for another encoder's.
 
-    STORE/<model>-<key>/encoder.json    what made the vectors; the key is its hash
     STORE/<model>-<key>/shard-<id>/     texts.npy (n, 32) sha256 of each text, vectors.npy (n, H),
                                         tokens.npy (n,), shard.json, manifest.json
 
 The key covers model, revision, weights, layers, final norm, pooling, token limit, number format and
-item-text template; within it a vector is found by its text's hash. A shard is written under a
-temporary name, never changed afterwards, and adds only texts that no earlier shard has, so
-processes may read and write at the same time and a kill loses at most the shard in the making.
+item-text template; every shard.json repeats in full what made its vectors, and a shard that says
+otherwise than its folder's key is refused. Within a key a vector is found by its text's hash. A
+shard is written under a temporary name and never changed afterwards, so processes may read and
+write at the same time (what two encode at once is there twice, and the first is read) and a kill
+loses at most the shard in the making. Every byte of a shard is compared with its manifest's sha256
+before it is used.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import transformers
+from numpy.typing import DTypeLike, NDArray
 from rich.console import Console
 
 from llmrec.data.interactions import Catalog
@@ -35,12 +39,14 @@ from llmrec.encoders.text import EncoderConfig, Location, TextEncoder, locate
 from llmrec.errors import UsageError, exit_code
 from llmrec.options import parse
 from llmrec.progress import progress_bar
-from llmrec.runs import check_folder, new_folder, write_json
+from llmrec.runs import check_folder, new_folder
 
 ABANDONED_SECONDS = 24 * 3600
 """Age after which a shard in the making belongs to no living process."""
 SHARD_ITEMS = 50_000
 """Texts encoded between two writes: what a kill can cost."""
+METHOD = 1
+"""To be raised when this package reads a text otherwise than before, or lays out shards anew."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def encode_catalog(
     """Vectors of all item texts: those in the store are read, the others encoded and added.
 
     Raises:
-        UsageError: No text, an unreachable model, a damaged shard.
+        UsageError: No text, an unreachable model, a damaged shard, a store that cannot be written.
     """
     if not any(catalog.texts):
         raise UsageError(
@@ -70,21 +76,28 @@ def encode_catalog(
         )
     digests = [_digest(text) for text in catalog.texts]
     wanted = {digest: text for digest, text in zip(digests, catalog.texts, strict=True) if text}
-    folder, description = _folder(store, config, locate(config), catalog.template_sha256)
-    known = {digest for shard in _shards(folder) for digest in shard.digests}
-    missing = [digest for digest in wanted if digest not in known]
+    place = locate(config)
+    if place.revision:
+        config = replace(config, revision=place.revision)  # a branch may move before it is loaded
+    folder, description = _folder(store, config, place, catalog.template_sha256)
+    shards = _shards(folder, description)
+    known = {digest for shard in shards for digest in shard.digests}
+    missing = {digest: text for digest, text in wanted.items() if digest not in known}
     if missing:
-        _encode({digest: wanted[digest] for digest in missing}, folder, description, config, device)
-    return _gather(digests, wanted, folder, len(missing))
+        _encode(missing, folder, description, config, device)
+        shards = _shards(folder, description)
+    return _gather(digests, wanted, shards, len(missing))
 
 
 @dataclass(frozen=True)
 class _Shard:
     """One written piece of the store, checked against its manifest, its vectors memory-mapped."""
 
+    path: Path
     digests: list[str]
     vectors: NDArray[np.float32]
     tokens: NDArray[np.int32]
+    encoder: dict[str, Any]
     seconds: float
 
 
@@ -95,10 +108,18 @@ def _digest(text: str) -> str:
 def _folder(
     store: Path, config: EncoderConfig, place: Location, template_sha256: str
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of what this very encoder made, and the description that its key hashes."""
+    """The folder of what this very encoder made, and the description that its key hashes.
+
+    The weights' identity covers every file of the model's folder: config, tokeniser, and what
+    sentence-transformers would read of pooling and prompts, though only `EncoderConfig` decides
+    these here. Not in the key, for they move a vector by rounding alone: the device (a store filled
+    on a GPU is read without one), the attention kernel that torch picks, the batch a text was in,
+    and the versions of torch and transformers. A shard records device and versions.
+    """
     options = asdict(config)
     del options["batch_tokens"]  # changes speed, not vectors
     description = options | {
+        "method": METHOD,
         "revision": place.revision,
         "weights": place.identity,
         "template_sha256": template_sha256,
@@ -112,16 +133,75 @@ def _folder(
     return store / f"{name}-{key}", description
 
 
-def _shards(folder: Path) -> list[_Shard]:
-    """All shards of an encoder's folder, oldest name first."""
-    found = []
-    for path in sorted(folder.glob("shard-*")):
-        check_folder(path, f"Delete the folder {path}; its texts will be encoded again.")
-        about = json.loads((path / "shard.json").read_text())
-        digests = [row.tobytes().hex() for row in np.load(path / "texts.npy")]
-        vectors = np.load(path / "vectors.npy", mmap_mode="r")
-        found.append(_Shard(digests, vectors, np.load(path / "tokens.npy"), about["seconds"]))
-    return found
+def _shards(folder: Path, description: dict[str, Any]) -> list[_Shard]:
+    """All shards of an encoder's folder, oldest name first, every byte checked."""
+    shards = [_read_shard(path, description) for path in sorted(folder.glob("shard-*"))]
+    for shard in shards:
+        width, expected = shard.vectors.shape[1], shards[0].vectors.shape[1]
+        if width != expected:
+            raise UsageError(
+                f"{shard.path / 'vectors.npy'} holds vectors of width {width}, "
+                f"{shards[0].path.name} of width {expected}. {_remedy(folder)}"
+            )
+    return shards
+
+
+def _remedy(folder: Path) -> str:
+    return f"Delete the folder {folder}; its texts will be encoded again."
+
+
+def _read_shard(path: Path, description: dict[str, Any]) -> _Shard:
+    """A shard whose bytes are those of its manifest and whose parts belong together.
+
+    Raises:
+        UsageError: They do not; names the file and the remedy.
+    """
+    check_folder(path, _remedy(path))
+    try:
+        about = json.loads((path / "shard.json").read_text(encoding="utf-8"))
+        encoder, seconds = about["encoder"], float(about["seconds"])
+        other = [name for name, value in description.items() if encoder[name] != value]
+        int(encoder["non_embedding_parameters"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"{path / 'shard.json'} does not say what made its vectors. {_remedy(path)}"
+        ) from error
+    if other:
+        raise UsageError(
+            f"{path / 'shard.json'} names another encoder than its folder ({', '.join(other)}). "
+            f"{_remedy(path)}"
+        )
+    texts = _array(path / "texts.npy", np.uint8, ("n", 32))
+    return _Shard(
+        path,
+        [row.tobytes().hex() for row in texts],
+        _array(path / "vectors.npy", np.float32, (len(texts), "H")),
+        _array(path / "tokens.npy", np.int32, (len(texts),)),
+        encoder,
+        seconds,
+    )
+
+
+def _array(file: Path, dtype: DTypeLike, shape: tuple[int | str, ...]) -> NDArray[Any]:
+    """A memory-mapped array of this type and shape; a letter stands for any length.
+
+    Raises:
+        UsageError: The file holds something else.
+    """
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError) as error:  # the latter also for a pickle, which is never loaded
+        raise UsageError(f"{file} is missing or no array. {_remedy(file.parent)}") from error
+    fits = len(array.shape) == len(shape) and all(
+        isinstance(want, str) or have == want
+        for have, want in zip(array.shape, shape, strict=False)
+    )
+    if array.dtype != dtype or not fits:
+        wanted = f"{np.dtype(dtype)} ({', '.join(map(str, shape))})"
+        raise UsageError(
+            f"{file} holds {array.dtype} {array.shape}, not {wanted}. {_remedy(file.parent)}"
+        )
+    return array
 
 
 def _encode(
@@ -133,6 +213,7 @@ def _encode(
 ) -> None:
     """Encode texts into new shards, with a progress bar on a terminal."""
     _sweep(folder)
+    _check_writable(folder)
     encoder = TextEncoder(config, device)
     about = description | {
         "layers_run": len(encoder.blocks),
@@ -140,7 +221,11 @@ def _encode(
         "has_final_norm": encoder.has_final_norm,
         "non_embedding_parameters": encoder.non_embedding_parameters,
     }
-    write_json(folder / "encoder.json", about)
+    made_with = {
+        "device": str(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     with progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("encoding items", total=len(wanted))
         digests = list(wanted)
@@ -151,6 +236,12 @@ def _encode(
                 [wanted[digest] for digest in part], lambda count: progress.advance(task, count)
             )
             seconds = time.perf_counter() - began
+            # Weights are memory-mapped: a model saved over this one now would speak as the old.
+            if locate(config).identity != description["weights"]:
+                raise UsageError(
+                    f"encoder.model={config.model} was changed while it was being read. "
+                    "Wait until it is saved and run this again."
+                )
             with new_folder(
                 folder / f"shard-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
             ) as shard:
@@ -159,9 +250,20 @@ def _encode(
                 )
                 np.save(shard / "vectors.npy", vectors)
                 np.save(shard / "tokens.npy", tokens)
-                (shard / "shard.json").write_text(
-                    json.dumps({"seconds": seconds, "device": str(device)})
-                )
+                facts = {"encoder": about, "seconds": seconds} | made_with
+                (shard / "shard.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def _check_writable(folder: Path) -> None:
+    """Learn it before the model is read, and leave nothing behind: that may refuse too."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=there, prefix=".shard-probe-").cleanup()
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror or error}). "
+            "Free some space or name another folder for the store."
+        ) from error
 
 
 def _sweep(folder: Path) -> None:
@@ -172,21 +274,17 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _gather(digests: list[str], wanted: dict[str, str], folder: Path, encoded: int) -> Encoded:
+def _gather(
+    digests: list[str], wanted: dict[str, str], shards: list[_Shard], encoded: int
+) -> Encoded:
     """The catalogue's vectors from the shards, and their cost from what the shards recorded."""
-    try:
-        about = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        parameters = int(about["non_embedding_parameters"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(
-            f"{folder / 'encoder.json'} is missing or damaged. Delete the folder {folder}; its "
-            "texts will be encoded again."
-        ) from error
     rows = {digest: row for row, digest in enumerate(wanted)}
-    table: NDArray[np.float32] | None = None
+    # One row more: the last stands for the empty text.
+    table = np.zeros((len(rows) + 1, shards[0].vectors.shape[1]), np.float32)
+    about = shards[0].encoder
     done = np.zeros(len(rows), bool)
     tokens, seconds = 0, 0.0
-    for shard in _shards(folder):
+    for shard in shards:
         pairs = [
             (rows[d], place)
             for place, d in enumerate(shard.digests)
@@ -195,23 +293,18 @@ def _gather(digests: list[str], wanted: dict[str, str], folder: Path, encoded: i
         if not pairs:
             continue
         targets, places = np.array(pairs).T
-        if table is None:
-            table = np.empty((len(rows), shard.vectors.shape[1]), np.float32)
         table[targets] = shard.vectors[places]
         done[targets] = True
         tokens += int(shard.tokens[places].sum())
         seconds += shard.seconds * len(places) / len(shard.digests)
-    assert table is not None and done.all()
-    table = np.concatenate(
-        [table, np.zeros((1, table.shape[1]), np.float32)]
-    )  # last row: empty text
+    assert done.all()
     vectors = table[[rows.get(digest, -1) for digest in digests]]
     cost = {
         "items": len(digests),
         "texts": len(rows),
         "tokens": tokens,
         "seconds": seconds,
-        "flops": 2 * parameters * tokens,
+        "flops": 2 * int(about["non_embedding_parameters"]) * tokens,
         "encoded_now": encoded,
     }
     return Encoded(vectors, about, cost)

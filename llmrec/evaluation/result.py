@@ -98,7 +98,8 @@ class Result:
 
 MOVES_NO_NUMBER = frozenset(
     {
-        "run.folder", "run.overwrite", "run.store", "run.tensorboard",
+        "run.folder", "run.overwrite", "run.store", "run.tensorboard", "run.resume",
+        "run.checkpoint_steps", "run.keep_states",
         "evaluation.block_megabytes", "loss.chunk_megabytes", "encoder.batch_tokens",
     }
 )  # fmt: skip
@@ -206,7 +207,7 @@ def read_result(folder: Path) -> Result:
     path = folder / runs.RESULT
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = _REQUIRED - set(record)
+        missing = _REQUIRED - record.keys()
         data = (folder / PER_USER).read_bytes()
     except FileNotFoundError as error:
         raise UsageError(
@@ -217,7 +218,12 @@ def read_result(folder: Path) -> Result:
         raise UsageError(
             f"{folder} is a file; name the run folder that holds {runs.RESULT}."
         ) from None
-    except (ValueError, TypeError, AttributeError):
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename} cannot be read ({error.strerror or error}). Check its permissions "
+            "or name another run folder."
+        ) from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path} is damaged (no whole JSON record). Run it again.") from None
     if missing:
         raise UsageError(
@@ -228,9 +234,20 @@ def read_result(folder: Path) -> Result:
             f"{folder / PER_USER} is damaged: its sha256 differs from the one in {runs.RESULT}. "
             "Run it again."
         )
-    return Result(record, pl.read_parquet(io.BytesIO(data)), folder)
+    for name in ("metrics", "protocol", "data", "cases", "config", "cost"):
+        if not isinstance(record[name], dict):
+            raise UsageError(f"{path} is damaged ({name} is no object). Run it again.")
+    try:
+        per_user = pl.read_parquet(io.BytesIO(data))
+        per_user.select(*_RANKS, "user_id", "target_item_id")
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # a panic: damaged inside
+        raise UsageError(
+            f"{folder / PER_USER} is no parquet file of users and ranks. Run it again."
+        ) from None
+    return Result(record, per_user, folder)
 
 
+_RANKS = ("greater", "equal", "candidates", "reachable")
 _REQUIRED = {
     "label", "seed", "metrics", "protocol", "data", "cases", "config", "cost", "per_user_sha256",
 }  # fmt: skip
@@ -290,6 +307,7 @@ def _protocol(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]
 
 def _data(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]:
     """What was read and what became of it."""
+    prepared = dataset.prepared_with
     return {
         "source": facts.data_source,
         "name": dataset.name,
@@ -299,6 +317,7 @@ def _data(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]:
         "items": dataset.item_count,
         "interactions": len(dataset.interactions.items),
         "counts": {name: int(value) for name, value in {**dataset.counts, **split.counts}.items()},
+        **({} if prepared is None else {"prepared_with": prepared}),
     }
 
 

@@ -92,11 +92,12 @@ def read_suite(path: Path) -> Suite:
     path = _found(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        flatten(content if isinstance(content, dict) else {})  # endless where it holds itself
     except OSError as error:
         raise UsageError(
             f"The suite {path} cannot be read ({error.strerror}). See eval/."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict):
         raise UsageError(f"{path} has no rows. Compare it with eval/quickstart.yaml.")

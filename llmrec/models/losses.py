@@ -17,27 +17,70 @@ from torch import Tensor
 
 from llmrec.errors import UsageError
 
+NEGATIVE_LOSSES = ("sampled_softmax", "bce", "gbce")
+USED_BY = {
+    "negatives": NEGATIVE_LOSSES,
+    "share_negatives": ("bce", "gbce"),
+    "sampler": NEGATIVE_LOSSES,
+    "correct_positive": ("sampled_softmax",),
+    "calibration": ("gbce",),
+    "chunk_megabytes": ("full_softmax",),
+}
+"""Option -> the losses that read it; set for another one it is refused, not ignored."""
+
 
 @dataclass(frozen=True)
 class LossConfig:
     """What training minimises, averaged over all positions of a step."""
 
-    name: Literal["full_softmax", "in_batch", "bce"] = "full_softmax"
+    name: Literal["full_softmax", "in_batch", "sampled_softmax", "bce", "gbce"] = "full_softmax"
     """full_softmax: cross-entropy over all items; in_batch: debiased softmax over the items that a
     process meets in one piece of a step (TCF, MoRec), so optim.accumulate and the number of
-    processes change it; bce: binary cross-entropy with uniform negatives per position (SASRec)."""
+    processes change it; sampled_softmax: cross-entropy over the target and K negatives shared by
+    the step, corrected by logQ; bce: binary cross-entropy with K negatives (SASRec); gbce: the same
+    calibrated to few negatives (gSASRec)."""
     negatives: int = 1
-    """K, uniform negatives per position; used by bce alone."""
+    """K: negatives per position, or per step where they are shared; sampled_softmax, bce, gbce."""
+    share_negatives: bool = False
+    """Whether one draw of K serves all positions of a step; bce and gbce. Else each position has
+    its own, never from the user's own training items. sampled_softmax always shares."""
+    sampler: Literal["uniform", "popularity"] = "uniform"
+    """How shared negatives are drawn, with replacement: uniformly from all items, or in proportion
+    to training counts. A position's own ones are uniform."""
+    correct_positive: bool = False
+    """sampled_softmax: whether the target's score is corrected by logQ as well. Without, the
+    negatives' sum estimates the full softmax's without bias."""
+    calibration: float = 0.75
+    """gbce's t in [0, 1]: 0 is bce, 1 makes the scores those of a model without sampling."""
     chunk_megabytes: int = 8
     """Largest piece of the logits that full_softmax holds at a time; 64 is faster from 100,000
     items on."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be computed."""
+        """Refuse what cannot be computed, and what this loss would ignore."""
+        for option, losses in USED_BY.items():
+            value = getattr(self, option)
+            if self.name not in losses and value != LossConfig.__dataclass_fields__[option].default:
+                raise UsageError(
+                    f"loss.{option}={str(value).lower()} means nothing to loss.name={self.name}. "
+                    f"Leave it out, or use {' or '.join(losses)}."
+                )
         if self.negatives < 1:
             raise UsageError(f"loss.negatives={self.negatives} must be at least 1.")
         if self.chunk_megabytes < 1:
             raise UsageError(f"loss.chunk_megabytes={self.chunk_megabytes} must be at least 1.")
+        if not 0 <= self.calibration <= 1:
+            raise UsageError(f"loss.calibration={self.calibration} must lie in [0, 1].")
+        if self.sampler == "popularity" and not self.shares:
+            raise UsageError(
+                "loss.sampler=popularity draws shared negatives only. Add --loss.share_negatives "
+                "true, or leave it out."
+            )
+
+    @property
+    def shares(self) -> bool:
+        """Whether the K negatives are one draw for the whole step."""
+        return self.share_negatives or self.name == "sampled_softmax"
 
 
 class _FullSoftmax(torch.autograd.Function):
@@ -141,6 +184,58 @@ def in_batch_softmax(
     return F.cross_entropy(logits.masked_fill(blocked, -torch.inf), targets, reduction="sum")
 
 
+def negative_scores(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """Scores of sampled items; a shared one that is the target scores -inf and weighs nothing.
+
+    Args:
+        states: (P, D) user states.
+        items: (M, D) vectors.
+        targets: (P,) rows of `items`.
+        negatives: rows of `items`: (K,) shared by all positions, or (P, K).
+
+    Returns:
+        (P, K).
+    """
+    vectors = F.embedding(negatives, items)
+    if negatives.dim() == 2:
+        return torch.einsum("pd,pkd->pk", states, vectors).float()
+    scores = (states @ vectors.T).float()  # (P, D) x (D, K) -> (P, K)
+    return scores.masked_fill(negatives == targets[:, None], -torch.inf)
+
+
+def sampled_softmax(
+    states: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_expected: Tensor,
+    correct_positive: bool,
+) -> Tensor:
+    """Sum of cross-entropies between the target and K sampled items, corrected by logQ.
+
+    A negative drawn from q with replacement counts e^s / (K q), so the sum over the K estimates,
+    without bias, that of e^s over all items but the target (Bengio and Senecal 2008). Some
+    libraries correct the target's score too, as if it had been sampled: `correct_positive`.
+
+    Args:
+        states: (P, D) user states.
+        items: (M, D) vectors.
+        targets: (P,) rows of `items`.
+        negatives: (K,) rows of `items`, drawn with replacement; equal to the target: masked.
+        log_expected: (M,) log of how often each item is expected among K draws, log(K q).
+        correct_positive: whether `log_expected` is taken from the target's score.
+
+    Returns:
+        Scalar.
+    """
+    positive = (states * F.embedding(targets, items)).sum(-1, keepdim=True).float()  # (P, 1)
+    if correct_positive:
+        positive = positive - log_expected[targets, None]
+    negative = negative_scores(states, items, targets, negatives) - log_expected[negatives]
+    logits = torch.cat([positive, negative], dim=1)  # (P, 1 + K)
+    return F.cross_entropy(logits, torch.zeros_like(targets), reduction="sum")
+
+
 def bce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """Sum over positions of -log s(positive) - sum over K of log(1 - s(negative)), as in SASRec.
 
@@ -150,11 +245,42 @@ def bce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Te
         states: (P, D) user states.
         items: (M, D) vectors.
         targets: (P,) rows of `items`.
-        negatives: (P, K) rows of `items`.
+        negatives: rows of `items`: (K,) shared, but for a position's own target; or (P, K).
 
     Returns:
         Scalar.
     """
     positive = (states * F.embedding(targets, items)).sum(-1)  # (P,)
-    negative = torch.einsum("pd,pkd->pk", states, F.embedding(negatives, items))  # (P, K)
-    return F.softplus(-positive.float()).sum() + F.softplus(negative.float()).sum()
+    negative = negative_scores(states, items, targets, negatives)
+    return F.softplus(-positive.float()).sum() + F.softplus(negative).sum()
+
+
+def gbce_beta(negatives: int, item_count: int, calibration: float) -> float:
+    """GSASRec's beta = alpha (t (1 - 1 / alpha) + 1 / alpha), where alpha = K / (N - 1).
+
+    At t = 0 it is 1, which is plain bce; at t = 1 it is alpha, the share of negatives sampled.
+    """
+    alpha = min(1.0, negatives / max(1, item_count - 1))
+    return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+
+
+def gbce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, beta: float) -> Tensor:
+    """Sum over positions of (-beta log s(positive) - sum over K of log(1 - s(negative))) / (K + 1).
+
+    Raising s(positive) to beta undoes the overconfidence that few negatives teach (Petrov and
+    Macdonald 2023).
+
+    Args:
+        states: (P, D) user states.
+        items: (M, D) vectors.
+        targets: (P,) rows of `items`.
+        negatives: rows of `items`: (K,) shared, but for a position's own target; or (P, K).
+        beta: see `gbce_beta`.
+
+    Returns:
+        Scalar.
+    """
+    positive = (states * F.embedding(targets, items)).sum(-1)  # (P,)
+    negative = negative_scores(states, items, targets, negatives)
+    total = beta * F.softplus(-positive.float()).sum() + F.softplus(negative).sum()
+    return total / (negatives.shape[-1] + 1)

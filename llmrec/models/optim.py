@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from llmrec.errors import UsageError
@@ -69,3 +70,9 @@ def rate(step: int, steps: int, optim: OptimConfig) -> float:
     if optim.schedule == "constant":
         return 1.0
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, optim: OptimConfig) -> None:
+    """Give every group its learning rate at a step, counted from 0 over the whole stage."""
+    for group in optimizer.param_groups:
+        group["lr"] = optim.lr * rate(step, steps, optim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.encoders.tower import ItemTower
-from llmrec.models.losses import LossConfig, bce, full_softmax, in_batch_softmax
+from llmrec.models.losses import (
+    NEGATIVE_LOSSES,
+    LossConfig,
+    bce,
+    full_softmax,
+    gbce,
+    gbce_beta,
+    in_batch_softmax,
+    sampled_softmax,
+)
 from llmrec.models.sasrec import SASRec
 
 
@@ -22,7 +32,7 @@ class Batch:
     targets: Tensor
     """(B, L) int64, the item after each input."""
     negatives: Tensor
-    """(B, L, K) int64; K is 0 where the loss samples none."""
+    """int64, (B, L, K) or, shared by all positions, (K,); K is 0 where the loss samples none."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -60,8 +70,9 @@ class Recommender(nn.Module):
         self._count_flops(len(states), len(items))
         if self.loss.name == "full_softmax":
             return full_softmax(states, vectors[1:], target - 1, self.loss.chunk_megabytes << 20)
-        if self.loss.name == "bce":
-            return bce(states, vectors, target, negatives[real])
+        if self.loss.name in NEGATIVE_LOSSES:
+            sampled = negatives if self.loss.shares else negatives[real]  # (K,) or (P, K)
+            return self._sampled(states, vectors, target, sampled, items)
         slots = torch.cat([inputs, targets[:, -1:]], dim=1)  # (B, L + 1)
         padded = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1) == 0
         rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(inputs)[real]
@@ -70,12 +81,30 @@ class Recommender(nn.Module):
             states, vectors, target, rows, slots.masked_fill(padded, -1), popularity
         )
 
+    def _sampled(
+        self, states: Tensor, vectors: Tensor, target: Tensor, negatives: Tensor, items: Tensor
+    ) -> Tensor:
+        """The losses over K negatives; `items` (M,) are the ids behind `vectors`."""
+        count, catalogue = negatives.shape[-1], len(self.all_items) - 1
+        if self.loss.name == "bce":
+            return bce(states, vectors, target, negatives)
+        if self.loss.name == "gbce":
+            beta = gbce_beta(count, catalogue, self.loss.calibration)
+            return gbce(states, vectors, target, negatives, beta)
+        share = torch.full_like(self.log_popularity[items], -math.log(catalogue))
+        if self.loss.sampler == "popularity":
+            share = self.log_popularity[items]
+        expected = share + math.log(count)  # (M,)
+        return sampled_softmax(
+            states, vectors, target, negatives, expected, self.loss.correct_positive
+        )
+
     def _count_flops(self, positions: int, items: int) -> None:
         """Linear layers of both parts, and the products of states and item vectors."""
         for part, rows in ((self.user_model, positions), (self.tower, items)):
             linear = (module for module in part.modules() if isinstance(module, nn.Linear))
             self.flops += 6 * rows * sum(module.weight.numel() for module in linear)
-        rivals = 1 + self.loss.negatives if self.loss.name == "bce" else items
+        rivals = 1 + self.loss.negatives if self.loss.name in NEGATIVE_LOSSES else items
         self.flops += 6 * positions * rivals * self.user_model.config.width
 
     def _distinct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

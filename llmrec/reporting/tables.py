@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrec import runs
+from llmrec.data.splits import REPAIRS
 from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation.metrics import Float64, Measure
 from llmrec.evaluation.result import Result, differing, read_result
@@ -57,7 +58,7 @@ _DROPPED = {
     "test_dropped_empty_history": "test users without history",
     "test_dropped_cold": "cold test targets",
 }
-_KEPT = {
+_KEPT = REPAIRS | {
     "users_too_short_to_judge": "users too short to judge",
     "items_with_empty_text": "items without text",
     "repeat_interactions": "repeat interactions",

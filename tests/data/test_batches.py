@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.batches import NegativeSampler, TrainingRows, windows
+from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows, windows
 from llmrec.data.interactions import Interactions
 
 
@@ -185,3 +185,23 @@ def test_drawing_stops_for_a_user_who_has_everything():
     )
     assert ((drawn >= 1) & (drawn <= 3)).all()
     assert set(drawn[1].flat) <= {2, 3}
+
+
+def shared(name, held_out):
+    """One draw of 6000 for items 1..4, of which the users met 1 three times, 2 and 3 once."""
+    interactions = sequences([1, 2, 1], [1, 3])
+    ends = interactions.offsets[1:] - held_out
+    drawn = SharedNegatives.of(interactions, ends, 4, name).draw(6000, np.random.default_rng(0))
+    return np.bincount(drawn, minlength=5).tolist()
+
+
+def test_shared_negatives_are_uniform_over_all_items():
+    counts = shared("uniform", 0)
+    # 6000 draws over 4 items: 1500 each, standard deviation sqrt(6000 x 1/4 x 3/4) = 34.
+    assert counts[0] == 0 and max(abs(count - 1500) for count in counts[1:]) < 4 * 34
+
+
+def test_shared_negatives_by_popularity_follow_the_training_part_alone():
+    counts = shared("popularity", 1)  # learned from: 1, 2 and 1
+    # 1 is two thirds, 2 a third, 3 and 4 never; standard deviation sqrt(6000 x 2/9) = 37.
+    assert counts[0] == counts[3] == counts[4] == 0 and abs(counts[1] - 4000) < 4 * 37

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from llmrec.data.interactions import Catalog
-from llmrec.encoders.store import encode_catalog, main
-from llmrec.encoders.text import EncoderConfig, TextEncoder
+from llmrec.encoders import store
+from llmrec.encoders.store import METHOD, encode_catalog, main
+from llmrec.encoders.text import EncoderConfig, Location, TextEncoder
 from llmrec.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -49,6 +50,18 @@ def test_a_second_call_encodes_nothing_and_costs_the_same(encode):
     np.testing.assert_array_equal(first.vectors, second.vectors)
 
 
+def test_a_second_call_loads_no_model_and_reads_every_shard_once(encode, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_ITEMS", 1)
+    encode()
+    read, read_shard = [], store._read_shard
+    monkeypatch.setattr(
+        store, "_read_shard", lambda *about: (read.append(about[0]), read_shard(*about))[1]
+    )
+    monkeypatch.setattr(store, "TextEncoder", None)
+    encode()
+    assert len(read) == len(set(read)) == 3
+
+
 def test_only_new_and_changed_texts_are_encoded(encode):
     encode()
     assert encode([*TEXTS[:4], "green coat winter", "boot"]).cost["encoded_now"] == 2
@@ -67,6 +80,7 @@ def test_a_reordered_catalogue_gets_each_item_its_own_vector(encode):
         {"pooling": "cls"},
         {"max_item_tokens": 5},
         {"final_norm": False},
+        {"dtype": "float16"},
         {"dtype": "bfloat16"},
         {"template": "t2"},
     ],
@@ -74,6 +88,13 @@ def test_a_reordered_catalogue_gets_each_item_its_own_vector(encode):
 def test_whatever_changes_vectors_changes_the_key(encode, change):
     encode()
     assert encode(**change).cost["encoded_now"] == 3
+    assert encode(**change).cost["encoded_now"] == 0
+
+
+def test_another_way_to_read_texts_in_this_package_changes_the_key(encode, monkeypatch):
+    encode()
+    monkeypatch.setattr("llmrec.encoders.store.METHOD", METHOD + 1)
+    assert encode().cost["encoded_now"] == 3
 
 
 def test_batching_does_not_change_the_key(encode):
@@ -81,29 +102,94 @@ def test_batching_does_not_change_the_key(encode):
     assert encode(batch_tokens=8).cost["encoded_now"] == 0
 
 
-def test_other_weights_under_the_same_folder_name_are_another_encoder(
-    encode, tiny_models, tmp_path
-):
+def rewritten(*replacements):
+    """A change of a JSON file's text."""
+
+    def change(data):
+        text = data.decode()
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new)
+        return text.encode()
+
+    return change
+
+
+IN_PLACE = {
+    "fine-tuned weights": ("model.safetensors", lambda data: data[:-4] + b"\x00\x00\x00\x3f"),
+    "an activation": ("config.json", rewritten(('"gelu"', '"relu"'))),
+    "a norm's epsilon": ("config.json", rewritten(("1e-12", "1e-3"))),
+    "a vocabulary": ("tokenizer.json", rewritten(('"red"', '"x"'), ('"blue"', '"red"'))),
+    "a tokeniser's option": ("tokenizer_config.json", lambda data: data.replace(b"{", b"{ ", 1)),
+    "a vocabulary of rarer format": ("bpe.codes", lambda data: b"re d"),
+    "an adapter": ("adapter_model.safetensors", lambda data: b"weights"),
+    "a pooling for others": ("config_sentence_transformers.json", lambda data: b"{}"),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_a_file_changed_in_place_makes_another_encoder(encode, tiny_models, tmp_path, change):
     folder = tmp_path / "bert"
     shutil.copytree(tiny_models["bert"], folder)
     before = encode(model=str(folder))
-    weights = folder / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-4:] = b"\x00\x00\x00\x3f"
-    weights.write_bytes(bytes(data))
+    name, harm = IN_PLACE[change]
+    file = folder / name
+    file.write_bytes(harm(file.read_bytes() if file.exists() else b""))
     after = encode(model=str(folder))
     assert (before.cost["encoded_now"], after.cost["encoded_now"]) == (3, 3)
+    assert len(list(encode.store.iterdir())) == 2
+    direct, _ = TextEncoder(EncoderConfig(model=str(folder)), CPU).encode(TEXTS)
+    np.testing.assert_allclose(after.vectors, direct, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["texts.npy", "vectors.npy", "tokens.npy", "shard.json", "manifest.json"]
-)
-def test_a_damaged_shard_is_named_with_its_remedy(encode, name):
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes"])
+def test_a_note_in_a_models_folder_is_no_part_of_the_key(encode, tiny_models, tmp_path, name):
+    folder = tmp_path / "bert"
+    shutil.copytree(tiny_models["bert"], folder)
+    encode(model=str(folder))
+    (folder / name).write_text("note")
+    assert encode(model=str(folder)).cost["encoded_now"] == 0
+
+
+def test_another_revision_or_a_moved_branch_is_another_encoder(
+    encode, tiny_models, tmp_path, monkeypatch
+):
+    hub = tmp_path / "hub" / "models--some--bert"
+    (hub / "refs").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
+    for commit, branch in (("a" * 40, "main"), ("b" * 40, "tuned")):
+        shutil.copytree(tiny_models["bert"], hub / "snapshots" / commit)
+        (hub / "refs" / branch).write_text(commit)
+    encoded = [encode(model="some/bert", revision=name) for name in ("main", "tuned")]
+    assert [e.cost["encoded_now"] for e in encoded] == [3, 3]
+    assert [e.encoder["revision"] for e in encoded] == ["a" * 40, "b" * 40]
+    (hub / "refs" / "main").write_text("b" * 40)
+    assert encode(model="some/bert").encoder["revision"] == "b" * 40
+    assert encode(model="some/bert", revision="a" * 40).cost["encoded_now"] == 0  # still there
+
+
+def test_a_branch_that_moves_before_it_is_loaded_is_read_at_the_commit_of_the_key(
+    encode, tiny_models, monkeypatch
+):
+    commits = iter("ab")
+    seen = []
+
+    def moving(config):
+        """Two commits of a hub model: its branch moves after the first look."""
+        commit = next(commits) if config.revision == "main" else config.revision
+        seen.append(config.revision)
+        return Location(str(tiny_models["bert"]), commit, commit)
+
+    monkeypatch.setattr("llmrec.encoders.store.locate", moving)
+    monkeypatch.setattr("llmrec.encoders.text.locate", moving)
+    assert encode(model="some/bert").encoder["revision"] == "a"
+    assert seen[0] == "main" and set(seen[1:]) == {"a"}
+
+
+def test_a_damaged_shard_is_named_and_encoded_again_once_deleted(encode):
     encode()
-    file = next(encode.store.glob(f"*/shard-*/{name}"))
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
+    file = next(encode.store.glob("*/shard-*/vectors.npy"))
+    file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UsageError, match=r"Delete the folder .* encoded again"):
         encode()
     shutil.rmtree(file.parent)
@@ -116,15 +202,6 @@ def test_a_shard_in_the_making_is_invisible(encode):
     shutil.copytree(shard, shard.with_name(f".{shard.name}.tmp"))
     (shard.with_name(f".{shard.name}.tmp") / "manifest.json").unlink()
     assert encode().cost["encoded_now"] == 0
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"{}", b"[]", None])
-def test_a_damaged_description_is_named_with_its_remedy(encode, damage):
-    encode()
-    file = next(encode.store.glob("*/encoder.json"))
-    file.unlink() if damage is None else file.write_bytes(damage)
-    with pytest.raises(UsageError, match=r"encoder\.json is missing or damaged"):
-        encode()
 
 
 def test_what_a_killed_process_left_is_swept_when_it_is_old(encode):
@@ -156,7 +233,7 @@ def test_the_command_says_what_it_encoded(tiny_models, tmp_path, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "0 encoded now" in out and "layer 3 of 3, no final norm in this architecture" in out
-    about = json.loads(next(tmp_path.glob("*/encoder.json")).read_text())
+    about = json.loads(next(tmp_path.glob("*/shard-*/shard.json")).read_text())["encoder"]
     assert about["layers_run"] == 3 and about["has_final_norm"] is False
 
 

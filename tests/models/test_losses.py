@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from llmrec.errors import UsageError
-from llmrec.models.losses import LossConfig, bce, full_softmax, in_batch_softmax
+from llmrec.models.losses import (
+    LossConfig,
+    bce,
+    full_softmax,
+    gbce,
+    gbce_beta,
+    in_batch_softmax,
+    sampled_softmax,
+)
 
 
 def with_gradients(function, *tensors):
@@ -93,23 +101,138 @@ def test_bce_is_the_sum_of_log_odds():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_bce_gradient_equals_autograd_of_the_plain_formula():
-    torch.manual_seed(2)
-    states, items = torch.randn(20, 8).double(), torch.randn(30, 8).double()
-    targets, negatives = torch.randint(0, 30, (20,)), torch.randint(0, 30, (20, 3))
+P, M, K = 20, 30, 7
+
+
+def random_case(shared):
+    """States, items, targets, negatives: (K,) shared, one of them a target twice, or (P, K)."""
+    torch.manual_seed(3)
+    states, items = torch.randn(P, 8), torch.randn(M, 8)
+    targets = torch.randint(0, M, (P,))
+    negatives = torch.randint(0, M, (K,) if shared else (P, K))
+    if shared:
+        negatives[1] = negatives[4] = targets[0]
+    return states, items, targets, negatives
+
+
+def kept_negatives(targets, negatives, p):
+    """The negatives of position p as a list, without its target where they are shared."""
+    if negatives.dim() == 2:
+        return negatives[p].tolist()
+    return [n for n in negatives.tolist() if n != targets[p].item()]
+
+
+def same(ours, plain, states, items):
+    """Value and gradients of a loss in float32 against its formula in float64."""
+    value, grads = with_gradients(plain, states.double(), items.double())
+    mine, my_grads = with_gradients(ours, states, items)
+    assert mine.item() == pytest.approx(value.item(), rel=1e-6)
+    for got, wanted in zip(my_grads, grads, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_bce_equals_its_formula(shared):
+    states, items, targets, negatives = random_case(shared)
 
     def plain(s, v):
-        positive = torch.sigmoid((s * v[targets]).sum(1)).log()
-        negative = (1 - torch.sigmoid((s[:, None] * v[negatives]).sum(2))).log()
-        return -positive.sum() - negative.sum()
+        total = s.new_zeros(())
+        for p in range(P):
+            total = total - torch.sigmoid(s[p] @ v[targets[p]]).log()
+            for n in kept_negatives(targets, negatives, p):
+                total = total - (1 - torch.sigmoid(s[p] @ v[n])).log()
+        return total
 
-    value, grads = with_gradients(plain, states, items)
-    ours, our_grads = with_gradients(
-        lambda s, v: bce(s, v, targets, negatives), states.float(), items.float()
+    same(lambda s, v: bce(s, v, targets, negatives), plain, states, items)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
+def test_gbce_equals_its_formula(shared, calibration):
+    states, items, targets, negatives = random_case(shared)
+    catalogue = 1001
+    alpha = K / (catalogue - 1)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+
+    def plain(s, v):
+        total = s.new_zeros(())
+        for p in range(P):
+            total = total - (torch.sigmoid(s[p] @ v[targets[p]]) ** beta).log() / (K + 1)
+            for n in kept_negatives(targets, negatives, p):
+                total = total - (1 - torch.sigmoid(s[p] @ v[n])).log() / (K + 1)
+        return total
+
+    ours = gbce_beta(K, catalogue, calibration)
+    same(lambda s, v: gbce(s, v, targets, negatives, ours), plain, states, items)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "items", "calibration", "beta"),
+    [
+        (256, 3417, 0.0, 1.0),  # plain bce
+        (256, 3417, 1.0, 256 / 3416),  # the sampling rate
+        (1, 11, 0.75, 0.325),  # .1 (.75 (1 - 10) + 10) = .1 x 3.25
+        (10, 11, 0.5, 1.0),  # all negatives sampled: nothing to calibrate
+    ],
+)
+def test_gbce_beta_as_a_table(negatives, items, calibration, beta):
+    assert gbce_beta(negatives, items, calibration) == pytest.approx(beta)
+
+
+@pytest.mark.parametrize("correct_positive", [False, True])
+def test_sampled_softmax_equals_its_formula(correct_positive):
+    states, items, targets, negatives = random_case(shared=True)
+    log_expected = torch.randn(M)
+
+    def plain(s, v):
+        total = s.new_zeros(())
+        expected = log_expected.double()
+        for p in range(P):
+            positive = s[p] @ v[targets[p]]
+            if correct_positive:
+                positive = positive - expected[targets[p]]
+            kept = kept_negatives(targets, negatives, p)
+            others = [(s[p] @ v[n] - expected[n]).exp() for n in kept]
+            total = total - (positive.exp() / (positive.exp() + sum(others))).log()
+        return total
+
+    same(
+        lambda s, v: sampled_softmax(s, v, targets, negatives, log_expected, correct_positive),
+        plain, states, items,
+    )  # fmt: skip
+
+
+def test_sampled_softmax_estimates_the_sum_over_all_items_without_bias():
+    torch.manual_seed(4)
+    states, items, targets = torch.randn(1, 4), torch.randn(9, 4), torch.tensor([2])
+    share = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9]) / 45
+    draws = 200_000  # of one negative each: the mean of the sums is the expected sum
+    log_expected = share.log()
+    negatives = torch.multinomial(share, draws, replacement=True)
+    scores = (states @ items.T)[0]
+    weights = torch.where(negatives == 2, 0.0, (scores - log_expected)[negatives].exp())
+    estimate = scores[2].exp() + weights.mean()
+    assert estimate.item() == pytest.approx(scores.exp().sum().item(), rel=0.02)
+    one = sampled_softmax(states, items, targets, negatives[:1], log_expected, False)
+    assert one.item() == pytest.approx(
+        (scores[2].exp() + weights[0]).log().item() - scores[2].item(), rel=1e-5
     )
-    assert ours.item() == pytest.approx(value.item(), rel=1e-6)
-    for mine, reference in zip(our_grads, grads, strict=True):
-        torch.testing.assert_close(mine.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "full_softmax", "negatives": 5}, r"loss\.negatives=5 means nothing"),
+        ({"name": "bce", "chunk_megabytes": 9}, r"loss\.chunk_megabytes=9 means nothing"),
+        ({"name": "bce", "calibration": 0.5}, r"loss\.calibration=0\.5 means nothing"),
+        ({"name": "sampled_softmax", "share_negatives": True}, "share_negatives=true means"),
+        ({"name": "gbce", "calibration": 1.5}, r"must lie in \[0, 1\]"),
+        ({"name": "bce", "sampler": "popularity"}, "draws shared negatives only"),
+    ],
+)
+def test_an_option_that_the_loss_would_ignore_is_refused(options, said):
+    with pytest.raises(UsageError, match=said):
+        LossConfig(**options)
 
 
 def test_a_loss_without_negatives_is_refused():

@@ -10,6 +10,7 @@ from llmrec.data.interactions import Dataset
 from llmrec.data.item_text import load_template
 from llmrec.data.readers import recbole, table
 from llmrec.data.readers.config import DataConfig
+from llmrec.data.readers.prepared import is_prepared, open_prepared
 from llmrec.data.simulated import simulate
 from llmrec.errors import UsageError, nearest
 
@@ -42,18 +43,21 @@ def find_source(source: str) -> Path:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Read, order, filter and render one data set.
+    """Read, order, filter and render one data set; or open one that this was done to before.
 
     `Dataset.counts` tells everything that was dropped or repaired on the way.
 
     Raises:
         UsageError: If the data or an option is wrong; one sentence with the way out.
     """
-    template = load_template(config.item_text)
     if config.source == "simulated":
+        template = load_template(config.item_text)
         name, columns = "simulated", simulate(config.simulated)
     else:
         path = find_source(config.source)
+        if is_prepared(path):
+            return open_prepared(path, config)
+        template = load_template(config.item_text)
         name = path.resolve().name if path.is_dir() else path.stem
         columns = READERS[_format(path, config)](path, config)
     limit = config.max_user_interactions

@@ -14,7 +14,8 @@ class DataConfig:
 
     source: str = "simulated"
     """`simulated`, or a folder or file: absolute, relative to the working directory, or under the
-    data root (environment variable LLMREC_DATA, default data/)."""
+    data root (environment variable LLMREC_DATA, default data/). A folder that `llmrec data prepare`
+    wrote brings all other data options with it."""
     format: Literal["auto", "table", "recbole"] = "auto"
     """table: interactions.{csv,tsv,parquet} with an optional items file, or one such file; recbole:
     atomic files .inter and .item; auto: by the names of the files."""

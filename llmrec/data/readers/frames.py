@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
@@ -10,78 +10,50 @@ import polars as pl
 from llmrec.data.columns import Columns, Float64
 from llmrec.data.interactions import Float32, Int64
 from llmrec.data.readers.config import DataConfig
+from llmrec.data.readers.files import NUL, SHOWN, Table, clip
 from llmrec.errors import UsageError, nearest
 
 _DEFAULTS = DataConfig()
 
 
-def read_text_table(path: Path, separator: str, quote: str | None = '"') -> pl.DataFrame:
-    """A delimited text file with a header, every column as strings, so that id 007 stays 007."""
-    try:
-        frame = pl.read_csv(path, separator=separator, quote_char=quote, infer_schema=False)
-    except pl.exceptions.NoDataError as error:
-        raise UsageError(f"{path} is empty; it needs a header and rows.") from error
-    except pl.exceptions.PolarsError as error:
-        line = _first_undecodable_line(path)
-        if line:
-            raise UsageError(f"{path} is not UTF-8 (line {line}); save it as UTF-8.") from error
-        raise UsageError(
-            f"{path} cannot be read as a table separated by {separator!r} "
-            f"({str(error).splitlines()[0]}); give every row the header's columns, and "
-            "put values with quotation marks into quotes, each mark doubled."
-        ) from error
-    return frame
+_EXACT: dict[type[pl.DataType], int] = {pl.Float64: 2**53, pl.Float32: 2**24, pl.Float16: 2**11}
+"""Whole numbers beyond these have no float of their own."""
+_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""From which number on a time counts in nano-, micro- or milliseconds, and how many make a second:
+1e11 seconds after 1970 is the year 5138, 1e11 milliseconds after it 1973."""
+_ISO_DATE = r"^\d{4}-\d{1,2}-\d{1,2}"
+"""What a date in text begins with. Not 01/02/2024: January or February."""
 
 
-def read_parquet(path: Path) -> pl.DataFrame:
-    """A parquet file with its own types."""
-    try:
-        return pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} cannot be read as parquet ({reason}); write it anew.") from error
-
-
-def _first_undecodable_line(path: Path) -> int:
-    """Number of the first line that is not UTF-8, from 1; 0 where all are."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 0
-
-
-def columns_of(
-    interactions: tuple[Path, pl.DataFrame],
-    items: tuple[Path, pl.DataFrame] | None,
-    config: DataConfig,
-) -> Columns:
+def columns_of(interactions: Table, items: Table | None, config: DataConfig) -> Columns:
     """Columns of an interactions table and, where there is one, an items table.
 
     Args:
-        interactions: The file, for messages, and its table.
-        items: The same for the items. None takes the text fields from the columns of the
-            interactions that mean nothing else, the first non-empty value of each item.
+        interactions: The interactions.
+        items: The items. None takes the text fields from the columns of the interactions that mean
+            nothing else, the first non-empty value of each item.
         config: Names of the columns, and what orders.
 
     Raises:
-        UsageError: If a column or a value is missing, an item is described twice, or nothing is
-            there.
+        UsageError: If a column or a value is missing, an item is described twice, no item of the
+            interactions is among the items, or nothing is there.
     """
-    path, frame = interactions
+    path, frame = interactions.path, interactions.frame
     for option in ("user_column", "item_column"):
-        _require(frame, path, option, config, getattr(config, option))
+        _require(interactions, option, config, getattr(config, option))
     if frame.height == 0:
-        raise UsageError(f"{path} has a header and no rows: there is nothing to learn from.")
-    user_codes, user_ids = _factorise(_ids(frame, path, "user_column", config.user_column))
-    met = _ids(frame, path, "item_column", config.item_column)
+        raise UsageError(
+            f"{path} has a header{interactions.header} and no rows: there is nothing to learn "
+            "from; add rows."
+        )
+    counts = dict(interactions.counts)
+    user_codes, user_ids = _factorise(_ids(interactions, "user_column", config.user_column, counts))
+    met = _ids(interactions, "item_column", config.item_column, counts)
     if items is None:
-        described, counts = _embedded_items(frame, met, config)
+        described = _embedded_items(interactions, met, config, counts)
     else:
-        described = _described_items(*items, config)
-        counts = {}
+        _add(counts, items.counts)
+        described = _described_items(items, config, counts)
     item_codes, item_ids = _factorise(pl.concat([met, described["item"]]))
     item_codes = item_codes[: frame.height]
     vocabulary = pl.DataFrame({"item": pl.Series(item_ids, dtype=pl.String)})
@@ -91,9 +63,19 @@ def columns_of(
         absent_rows = absent.to_numpy()[item_codes]
         counts["items_absent_from_items_file"] = int(absent.sum())
         counts["interactions_absent_from_items_file"] = int(absent_rows.sum())
+        if absent_rows.all():
+            raise UsageError(
+                f"{items.path} describes none of the items in {path}: {config.item_column!r} "
+                f"(data.item_column) is {clip(met[0])} in {interactions.where(0)} of the one and "
+                f"{clip(described['item'][0])} in {items.where(0)} of the other; write the ids "
+                "alike in both."
+            )
     names = [name for name in aligned.columns if name != "item"]
-    timestamps, positions = _order(frame, path, config)
-    ratings, missing = _ratings(frame, path, config)
+    timestamps, positions = _order(interactions, config, counts)
+    ratings = _ratings(interactions, config, counts)
+    order = timestamps if timestamps is not None else positions
+    rows = {"user": user_codes, "item": item_codes} | ({} if order is None else {"order": order})
+    counts["interactions_repeated_exactly"] = frame.height - pl.DataFrame(rows).n_unique()
     return Columns(
         users=user_codes,
         items=item_codes,
@@ -103,8 +85,13 @@ def columns_of(
         timestamps=timestamps,
         positions=positions,
         ratings=ratings,
-        counts={**counts, "ratings_missing": missing},
+        counts=counts,
     )
+
+
+def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, number in more.items():
+        counts[name] = counts.get(name, 0) + number
 
 
 def _named_columns(config: DataConfig) -> set[str]:
@@ -113,27 +100,81 @@ def _named_columns(config: DataConfig) -> set[str]:
     return named | {config.position_column, config.rating_column}
 
 
-def _require(frame: pl.DataFrame, path: Path, option: str, config: DataConfig, name: str) -> None:
-    if name not in frame.columns:
+def _require(table: Table, option: str, config: DataConfig, name: str) -> None:
+    columns = table.frame.columns
+    if name not in columns:
         taken = _named_columns(config)
-        free = [column for column in frame.columns if column not in taken]
-        hint = nearest(name, free) if free else f"it has only {', '.join(frame.columns)}."
-        raise UsageError(f"{path} has no column {name!r} (data.{option}); {hint}")
+        # Clipped: a file of another kind may have a header of ten million characters.
+        free = [column[:SHOWN] for column in columns if column not in taken]
+        has = f"it has only {', '.join(column[:SHOWN] for column in columns[:SHOWN]) or 'none'}."
+        hint = nearest(name, free[:SHOWN]) if free else has
+        raise UsageError(
+            f"{table.path} has no column {name!r} (data.{option}){table.header}; {hint}"
+        )
 
 
-def _ids(frame: pl.DataFrame, path: Path, option: str, name: str) -> pl.Series:
-    column = frame[name]
-    # pandas turns whole numbers beside a missing value into floats; 7.0 in parquet means 7.
-    if column.dtype.is_float() and (column.fill_nan(None).drop_nulls() % 1 == 0).all():
-        column = column.fill_nan(None).cast(pl.Int64)
-    column = column.cast(pl.String)
-    missing = (column.is_null() | (column.fill_null("").str.strip_chars() == "")).to_numpy()
+def _ids(table: Table, option: str, name: str, counts: dict[str, int]) -> pl.Series:
+    """A column of ids as text; spaces around them and a float's .0 are removed, and counted."""
+    path, column = table.path, _whole(table, option, table.frame[name])
+    text = _text(column)
+    if text is None or column.dtype.is_nested():
+        raise UsageError(
+            f"{path}: {name!r} (data.{option}) has the type {column.dtype}, which is no id; write "
+            "it as text or whole numbers."
+        )
+    stripped = text.str.strip_chars()
+    missing = (stripped.fill_null("") == "").to_numpy()
     if missing.any():
         raise UsageError(
             f"{path} lacks a {name!r} (data.{option}) in {missing.sum():,} of {len(missing):,} "
-            f"rows, first in row {missing.argmax() + 1} after the header; fill or remove them."
+            f"rows, first in {table.where(int(missing.argmax()))}; fill or remove them."
         )
-    return column.alias("item")
+    nul = stripped.str.contains(NUL, literal=True).to_numpy()
+    if nul.any():
+        raise UsageError(
+            f"{path} holds a NUL byte in {table.where(int(nul.argmax()))}, column {name!r}: it is "
+            "damaged; write it anew."
+        )
+    _add(counts, {"ids_with_spaces_trimmed": int((stripped != text).sum())})
+    # A file that went through floats says 7.0, and 7 where it is joined with one that did not.
+    floats = stripped.str.contains(r"^-?\d+\.0+$")
+    repaired = bool(floats.any() and stripped.str.contains(r"^-?\d+(\.0+)?$").all())
+    if repaired:
+        stripped = stripped.str.replace(r"\.0+$", "")
+    _add(counts, {"ids_written_as_floats": int(floats.sum()) if repaired else 0})
+    return stripped.alias("item")
+
+
+def _whole(table: Table, option: str, column: pl.Series) -> pl.Series:
+    """Whole numbers as integers: pandas makes floats of them beside a missing value."""
+    if not column.dtype.is_float():
+        return column
+    numbers = column.fill_nan(None)
+    if not (numbers.drop_nulls() % 1 == 0).all():
+        return numbers
+    beyond = (numbers.abs() > _EXACT[column.dtype.base_type()]).fill_null(False)
+    if beyond.any():
+        row = int(beyond.to_numpy().argmax())
+        raise UsageError(
+            f"{table.path}: {column.name!r} (data.{option}) holds {numbers[row]:.0f} as "
+            f"{column.dtype} in {table.where(row)}, where neighbouring ids are the same number; "
+            "write it as text or integers."
+        )
+    return numbers.cast(pl.Int64)
+
+
+def _text(column: pl.Series) -> pl.Series | None:
+    """A column as strings, lists joined by commas; None where its type is no text."""
+    if column.dtype == pl.Struct:
+        return None
+    try:
+        if isinstance(column.dtype, pl.Array):
+            column = column.arr.to_list()
+        if isinstance(column.dtype, pl.List):
+            return column.cast(pl.List(pl.String)).list.join(", ")
+        return column.cast(pl.String)
+    except (pl.exceptions.ComputeError, pl.exceptions.InvalidOperationError):
+        return None  # bytes that are no text, durations, lists of lists
 
 
 def _factorise(column: pl.Series) -> tuple[Int64, list[str]]:
@@ -145,89 +186,126 @@ def _factorise(column: pl.Series) -> tuple[Int64, list[str]]:
     return codes.to_numpy().astype(np.int64), names.to_list()
 
 
-def _strings(frame: pl.DataFrame, names: list[str]) -> list[pl.Series]:
-    """Field columns as strings, lists joined by commas; the prefix tells a field from `item`."""
+def _strings(table: Table, names: list[str], counts: dict[str, int]) -> list[pl.Series]:
+    """Field columns as strings; the prefix tells a field from `item`."""
     result = []
     for name in names:
-        column = frame[name]
-        if isinstance(column.dtype, pl.List):
-            column = column.cast(pl.List(pl.String)).list.join(", ")
-        elif column.dtype.is_nested() or column.dtype == pl.Binary:
-            continue
-        result.append(column.cast(pl.String).alias(f"field:{name}"))
+        text = _text(table.frame[name])
+        if text is None:
+            _add(counts, {"columns_that_are_no_text_dropped": 1})
+        else:
+            result.append(text.alias(f"field:{name}"))
     return result
 
 
 def _embedded_items(
-    frame: pl.DataFrame, met: pl.Series, config: DataConfig
-) -> tuple[pl.DataFrame, dict[str, int]]:
+    table: Table, met: pl.Series, config: DataConfig, counts: dict[str, int]
+) -> pl.DataFrame:
     """Item fields found in the interactions themselves."""
-    names = [name for name in frame.columns if name not in _named_columns(config)]
-    rows = pl.DataFrame([met, *_strings(frame, names)])
+    names = [name for name in table.frame.columns if name not in _named_columns(config)]
+    rows = pl.DataFrame([met, *_strings(table, names, counts)])
     # The first value that says something: a title may be missing from an item's first row.
     filled = pl.exclude("item").filter(pl.exclude("item").str.strip_chars() != "").first()
     first = rows.group_by("item", maintain_order=True).agg(filled)
-    variants = rows.unique().height - first.height
-    return first, {"item_descriptions_beyond_the_first": variants}
+    counts["item_descriptions_beyond_the_first"] = rows.unique().height - first.height
+    return first
 
 
-def _described_items(path: Path, frame: pl.DataFrame, config: DataConfig) -> pl.DataFrame:
+def _described_items(table: Table, config: DataConfig, counts: dict[str, int]) -> pl.DataFrame:
     """The items file: `item` and its fields."""
-    _require(frame, path, "item_column", config, config.item_column)
+    path, frame = table.path, table.frame
+    _require(table, "item_column", config, config.item_column)
     if frame.height == 0:
-        raise UsageError(f"{path} describes no item; add rows, or remove it to go without text.")
-    ids = _ids(frame, path, "item_column", config.item_column)
+        raise UsageError(
+            f"{path} has a header{table.header} and describes no item; add rows, or remove the "
+            "file to go without text."
+        )
+    ids = _ids(table, "item_column", config.item_column, counts)
     double = ids.is_duplicated()
     if double.any():
         twice = ids.filter(double)
+        again = int((ids == twice[0]).to_numpy().nonzero()[0][1])
         raise UsageError(
             f"{path} describes {twice.n_unique():,} items more than once, the first is "
-            f"{twice[0]!r}; keep one row for each {config.item_column!r} (data.item_column)."
+            f"{clip(twice[0])}, again in {table.where(again)}; keep one row for each "
+            f"{config.item_column!r} (data.item_column)."
         )
     names = [name for name in frame.columns if name != config.item_column]
-    return pl.DataFrame([ids, *_strings(frame, names)])
+    return pl.DataFrame([ids, *_strings(table, names, counts)])
 
 
 def _order(
-    frame: pl.DataFrame, path: Path, config: DataConfig
+    table: Table, config: DataConfig, counts: dict[str, int]
 ) -> tuple[Float64 | None, Float64 | None]:
     """Timestamps or positions, whichever orders; neither where the file's order does."""
+    columns = table.frame.columns
     renamed = config.timestamp_column != _DEFAULTS.timestamp_column
     by_time = config.order == "timestamp" or (config.order == "auto" and renamed)
-    if by_time or (config.order == "auto" and config.timestamp_column in frame.columns):
-        _require(frame, path, "timestamp_column", config, config.timestamp_column)
-        name = config.timestamp_column
-        return _numbers(frame[name], path, "timestamp_column", missing_allowed=False), None
+    if by_time or (config.order == "auto" and config.timestamp_column in columns):
+        _require(table, "timestamp_column", config, config.timestamp_column)
+        return _times(table, config.timestamp_column, counts), None
     renamed = config.position_column != _DEFAULTS.position_column
     by_position = config.order == "position" or (config.order == "auto" and renamed)
-    if by_position or (config.order == "auto" and config.position_column in frame.columns):
-        _require(frame, path, "position_column", config, config.position_column)
-        name = config.position_column
-        return None, _numbers(frame[name], path, "position_column", missing_allowed=False)
+    if by_position or (config.order == "auto" and config.position_column in columns):
+        _require(table, "position_column", config, config.position_column)
+        values = _numbers(table, config.position_column, "position_column", missing_allowed=False)
+        return None, values
     return None, None
 
 
-def _ratings(frame: pl.DataFrame, path: Path, config: DataConfig) -> tuple[Float32 | None, int]:
+def _times(table: Table, name: str, counts: dict[str, int]) -> Float64:
+    """Timestamps as Unix seconds; numbers far too large for seconds are scaled, and counted."""
+    values = _numbers(table, name, "timestamp_column", missing_allowed=False)
+    size = np.abs(values)
+    for least, per_second in _UNITS:
+        if table.frame[name].dtype.is_temporal() or not (size >= least).any():
+            continue
+        other = (size < least) & (size > 0)  # 0 is the same time in every unit
+        if other.any():
+            row = int(other.argmax())
+            large = int((size >= least).argmax())
+            raise UsageError(
+                f"{table.path}: {name!r} (data.timestamp_column) mixes units of time: "
+                f"{values[large]:.0f} in {table.where(large)}, {values[row]:.0f} in "
+                f"{table.where(row)}; write all of it in Unix seconds."
+            )
+        counts["timestamps_scaled_to_seconds"] = len(values)
+        return values / per_second
+    return values
+
+
+def _ratings(table: Table, config: DataConfig, counts: dict[str, int]) -> Float32 | None:
     name = config.rating_column
-    if name not in frame.columns:
+    counts["ratings_missing"] = 0
+    if name not in table.frame.columns:
         if name != _DEFAULTS.rating_column:
-            _require(frame, path, "rating_column", config, name)
-        return None, 0
-    values = _numbers(frame[name], path, "rating_column", missing_allowed=True)
-    return values.astype(np.float32), int(np.isnan(values).sum())
+            _require(table, "rating_column", config, name)
+        return None
+    values = _numbers(table, name, "rating_column", missing_allowed=True)
+    counts["ratings_missing"] = int(np.isnan(values).sum())
+    return values.astype(np.float32)
 
 
-def _numbers(column: pl.Series, path: Path, option: str, missing_allowed: bool) -> Float64:
+def _numbers(table: Table, name: str, option: str, missing_allowed: bool) -> Float64:
     """A numeric column as float64; dates become Unix seconds, to the microsecond."""
+    path, column = table.path, table.frame[name]
+    times = option == "timestamp_column"
+    kind = column.dtype
+    date = times and (kind == pl.Date or isinstance(kind, pl.Datetime))
+    if not (date or kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Null)):
+        wanted = "numbers or dates" if times else "numbers"
+        raise UsageError(
+            f"{path}: {name!r} (data.{option}) has the type {kind}; write it as {wanted}."
+        )
     absent = column.is_null()
     parsed = column
-    if column.dtype == pl.String:
+    if kind == pl.String:
         stripped = column.str.strip_chars()
         absent |= stripped.fill_null("") == ""
         parsed = stripped.cast(pl.Float64, strict=False)
-        if option == "timestamp_column" and parsed.null_count() == len(parsed):
+        if times and parsed.null_count() == len(parsed):
             parsed = _dates(stripped)
-    elif column.dtype.is_float():
+    elif kind.is_float():
         absent |= column.is_nan().fill_null(True)
     if parsed.dtype.is_temporal():
         parsed = parsed.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
@@ -237,17 +315,19 @@ def _numbers(column: pl.Series, path: Path, option: str, missing_allowed: bool) 
         bad &= ~absent.to_numpy()
     if bad.any():
         row = int(bad.argmax())
+        wanted = "a number or a date such as 2024-05-01 12:30:00" if times else "a number"
         way_out = "" if missing_allowed else ", or choose another data.order"
         raise UsageError(
-            f"{path}: {column.name!r} (data.{option}) is missing or not a number in "
-            f"{bad.sum():,} of {len(bad):,} rows, first in row {row + 1} after the header "
-            f"({column[row]!r}); fill or remove them{way_out}."
+            f"{path}: {name!r} (data.{option}) is missing or not {wanted} in "
+            f"{bad.sum():,} of {len(bad):,} rows, first in {table.where(row)} "
+            f"({clip(column[row])}); fill or remove them{way_out}."
         )
     return np.asarray(values, dtype=np.float64)
 
 
 def _dates(column: pl.Series) -> pl.Series:
-    """ISO dates with or without a time of day; all null where they are something else."""
+    """ISO dates with or without a time of day; null where they are something else."""
+    column = column.set(~column.str.contains(_ISO_DATE).fill_null(True), None)
     for to_date in (column.str.to_datetime, column.str.to_date):
         try:
             return to_date(strict=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-
-import polars as pl
 
 from llmrec.data.columns import Columns
 from llmrec.data.readers.config import DataConfig
-from llmrec.data.readers.frames import columns_of, read_text_table
+from llmrec.data.readers.files import Dialect, Table, clip, read_text_table
+from llmrec.data.readers.frames import columns_of
 from llmrec.errors import UsageError
 
 _TYPES = {"token", "token_seq", "float", "float_seq"}
@@ -26,20 +26,26 @@ def read(path: Path, config: DataConfig) -> Columns:
             )
         path = found[0]
     items = path.with_suffix(".item")
-    described = (items, _atomic(items)) if items.is_file() else None
-    return columns_of((path, _atomic(path)), described, config)
+    described = _atomic(items) if items.is_file() else None
+    return columns_of(_atomic(path), described, config)
 
 
-def _atomic(path: Path) -> pl.DataFrame:
+def _atomic(path: Path) -> Table:
     # No quoting in atomic files: a title may begin with a quotation mark and mean it.
-    frame = read_text_table(path, "\t", quote=None)
-    renamed = {}
-    for header in frame.columns:
+    table = read_text_table(path, Dialect("\t", quote=None))
+    renamed: dict[str, str] = {}
+    for header in table.frame.columns:
         name, _, kind = header.rpartition(":")
         if not name or kind not in _TYPES:
             raise UsageError(
-                f"{path} has the column header {header!r}; atomic files (data.format=recbole) name "
-                f"each column with its type, like user_id:token ({', '.join(sorted(_TYPES))})."
+                f"{path} has the column header {clip(header)} (line 1); atomic files "
+                "(data.format=recbole) name each column with its type, like user_id:token "
+                f"({', '.join(sorted(_TYPES))})."
+            )
+        if name in renamed.values():
+            raise UsageError(
+                f"{path} names two columns {clip(name)} (line 1); give each column a name of "
+                "its own."
             )
         renamed[header] = name
-    return frame.rename(renamed)
+    return replace(table, frame=table.frame.rename(renamed))

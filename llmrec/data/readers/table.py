@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import polars as pl
-
 from llmrec.data.columns import Columns
 from llmrec.data.readers.config import DataConfig
-from llmrec.data.readers.frames import columns_of, read_parquet, read_text_table
+from llmrec.data.readers.files import Dialect, Table, read_parquet, read_text_table
+from llmrec.data.readers.frames import columns_of
 from llmrec.errors import UsageError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -20,7 +19,7 @@ def read(path: Path, config: DataConfig) -> Columns:
     A single file may carry the items' text itself, in further columns.
     """
     if path.is_file():
-        return columns_of((path, _table(path)), None, config)
+        return columns_of(_table(path), None, config)
     interactions = _find(path, "interactions")
     if interactions is None:
         there = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
@@ -29,8 +28,8 @@ def read(path: Path, config: DataConfig) -> Columns:
             "rename the file, or name it itself as data.source."
         )
     items = _find(path, "items")
-    described = None if items is None else (items, _table(items))
-    return columns_of((interactions, _table(interactions)), described, config)
+    described = None if items is None else _table(items)
+    return columns_of(_table(interactions), described, config)
 
 
 def _find(folder: Path, stem: str) -> Path | None:
@@ -41,7 +40,7 @@ def _find(folder: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
-def _table(path: Path) -> pl.DataFrame:
+def _table(path: Path) -> Table:
     if path.suffix not in SUFFIXES:
         raise UsageError(
             f"data.source: {path} ends in {path.suffix or 'nothing'}, which data.format=table does "
@@ -49,4 +48,4 @@ def _table(path: Path) -> pl.DataFrame:
         )
     if path.suffix == ".parquet":
         return read_parquet(path)
-    return read_text_table(path, "," if path.suffix == ".csv" else "\t")
+    return read_text_table(path, Dialect("," if path.suffix == ".csv" else "\t"))

@@ -1,0 +1,214 @@
+"""Checkpoints: the selected weights, and the states that a killed run resumes from.
+
+RUN/checkpoints/fit-epoch-007/                       model.safetensors: the best epoch so far
+RUN/checkpoints/fit-state-0008-000120-best-007/      everything after 120 steps of epoch 8:
+    model.safetensors, optimizer.safetensors, state.json
+
+Each folder is written under a temporary name, with the sha256 of its files, and renamed; only then
+is what it makes superfluous deleted. So at every instant a whole state lies on the disk, and the
+best weights that it names. No random generator is stored: batches, negatives and dropout are
+functions of seed, epoch, step and process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmrec.errors import UsageError
+from llmrec.runs import CHECKPOINTS, check_folder, discard, new_folder
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class Progress:
+    """Where one stage of training stands, whichever process asks."""
+
+    epoch: int = 1
+    """The epoch in training, from 1 on."""
+    step: int = 0
+    """Its optimizer steps that are done."""
+    losses: list[float] = field(default_factory=list)
+    """Summed loss of these steps, one figure per process."""
+    flops: list[int] = field(default_factory=list)
+    """Floating-point operations of all steps, one figure per process."""
+    epoch_seconds: float = 0.0
+    """Time spent on these steps."""
+    seconds: float = 0.0
+    """Time spent training before this epoch."""
+    best_epoch: int = 0
+    """The epoch with the best validation score; 0 before the first."""
+    best: float | None = None
+    """Its score."""
+    finished: bool = False
+    """Whether no further epoch is to come."""
+
+
+def weights_path(run: Path, stage: str, epoch: int) -> Path:
+    """The folder of an epoch's weights; `stage` is fit or refit."""
+    return run / CHECKPOINTS / f"{stage}-epoch-{epoch:03d}"
+
+
+def save_weights(run: Path, stage: str, epoch: int, model: nn.Module) -> None:
+    """Write an epoch's weights."""
+    with new_folder(weights_path(run, stage, epoch)) as folder:
+        _save_model(model, folder)
+
+
+def load_weights(run: Path, stage: str, epoch: int, model: nn.Module) -> None:
+    """Put an epoch's weights into the model.
+
+    Raises:
+        UsageError: They are missing or damaged.
+    """
+    path = weights_path(run, stage, epoch)
+    check_folder(path, f"Train again with --run.folder {run} --run.overwrite true.")
+    model.load_state_dict(load_file(path / MODEL))
+
+
+def newest_state(run: Path, stage: str) -> Path | None:
+    """The folder of the latest state of a stage, if there is one."""
+    return max((run / CHECKPOINTS).glob(f"{stage}-state-*"), default=None)
+
+
+def save_state(
+    run: Path,
+    stage: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write all that the rest of the stage depends on, then delete what is no longer needed.
+
+    Args:
+        run: the run folder.
+        stage: fit or refit.
+        model: the bare model, not its distributed wrapper.
+        optimizer: its state goes along, by the parameters' order.
+        progress: where training stands.
+        identity: what decides the run's numbers; resuming under another one is refused.
+        keep: how many states stay.
+    """
+    name = f"{stage}-state-{progress.epoch:04d}-{progress.step:06d}-best-{progress.best_epoch:03d}"
+    with new_folder(run / CHECKPOINTS / name) as folder:
+        _save_model(model, folder)
+        _save_tensors(_optimizer_tensors(optimizer), folder / OPTIMIZER)
+        record = {"progress": asdict(progress), "identity": dict(identity)}
+        (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    tidy(run, stage, keep)
+
+
+def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """A state's progress and the identity of its run, after checking every file of it.
+
+    Raises:
+        UsageError: A file is missing or damaged; says how to go on.
+    """
+    older = sorted(p for p in path.parent.glob(path.name.partition("-")[0] + "-state-*"))[:-1]
+    if older:
+        remedy = f"Delete the folder {path} to resume from {older[-1].name}."
+    else:
+        remedy = "Start over with --run.resume never."
+    check_folder(path, remedy)
+    record = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Progress(**record["progress"]), record["identity"]
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a state into model and optimizer.
+
+    Raises:
+        UsageError: See `read_state`.
+    """
+    progress, _ = read_state(path)
+    model.load_state_dict(load_file(path / MODEL))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in load_file(path / OPTIMIZER).items():
+        number, _, key = name.partition(".")
+        moments.setdefault(int(number), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return progress
+
+
+def refuse_another(path: Path, identity: Mapping[str, Any], processes: int) -> None:
+    """Refuse to resume a state under other options, other data or another number of processes.
+
+    Raises:
+        UsageError: Names what differs and the ways out.
+    """
+    progress, before = read_state(path)
+    names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+    run = path.parent.parent
+    ways = "resume it as it was, name another --run.folder, or start over with --run.resume never"
+    if names:
+        name = names[0]
+        was, now = (_short(values.get(name)) for values in (before, identity))
+        raise UsageError(
+            f"{run} holds an unfinished run with {name} {was}, now {now}"
+            f"{f' (and {len(names) - 1} more)' if names[1:] else ''}: {ways}."
+        )
+    if len(progress.losses) != processes:
+        raise UsageError(
+            f"{run} holds an unfinished run of {len(progress.losses)} processes, now {processes}: "
+            f"{ways}."
+        )
+
+
+def tidy(run: Path, stage: str, keep: int) -> None:
+    """Delete what no kept state needs: older states, their weights, and half-written folders."""
+    states = sorted((run / CHECKPOINTS).glob(f"{stage}-state-*"))[-keep:]
+    best = {int(re.sub(r".*-best-", "", state.name)) for state in states}
+    wanted = {*states, *(weights_path(run, stage, epoch) for epoch in best)}
+    for path in (run / CHECKPOINTS).iterdir():
+        if path.name.lstrip(".").startswith(f"{stage}-") and path not in wanted:
+            discard(path)
+
+
+def finish_checkpoints(run: Path) -> None:
+    """Delete a finished run's states, and all weights but the selected ones."""
+    for stage in ("fit", "refit"):
+        state = newest_state(run, stage)
+        if state is not None:
+            tidy(run, stage, keep=1)
+            discard(state)
+
+
+def _save_model(model: nn.Module, folder: Path) -> None:
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    _save_tensors(weights, folder / MODEL)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its name for the disk's refusals
+        raise OSError(str(error)) from error
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counts as ``<number of the parameter>.<name>``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": value.contiguous()
+        for number, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def _short(value: Any) -> str:
+    """A value as one writes it; long hashes cut."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text
