@@ -28,6 +28,8 @@ from llmrec.errors import UsageError
 from llmrec.runs import CHECKPOINTS, check_folder, discard, new_folder
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 1
+"""Version of a state's layout."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def load_weights(run: Path, stage: str, epoch: int, model: nn.Module) -> None:
         UsageError: They are missing or damaged.
     """
     path = weights_path(run, stage, epoch)
-    check_folder(path, f"Train again with --run.folder {run} --run.overwrite true.")
+    check_folder(path, "Train again with --run.resume never --run.overwrite true.")
     model.load_state_dict(load_file(path / MODEL))
 
 
@@ -105,25 +107,36 @@ def save_state(
     with new_folder(run / CHECKPOINTS / name) as folder:
         _save_model(model, folder)
         _save_tensors(_optimizer_tensors(optimizer), folder / OPTIMIZER)
-        record = {"progress": asdict(progress), "identity": dict(identity)}
+        record = {"format": FORMAT, "progress": asdict(progress), "identity": dict(identity)}
         (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
     tidy(run, stage, keep)
 
 
 def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
-    """A state's progress and the identity of its run, after checking every file of it.
+    """A state's progress and the identity of its run, after checking it and its best weights.
 
     Raises:
-        UsageError: A file is missing or damaged; says how to go on.
+        UsageError: A file is missing, damaged or of another version; says how to go on.
     """
-    older = sorted(p for p in path.parent.glob(path.name.partition("-")[0] + "-state-*"))[:-1]
+    run, stage = path.parent.parent, path.name.partition("-")[0]
+    older = sorted(path.parent.glob(f"{stage}-state-*"))[:-1]
     if older:
         remedy = f"Delete the folder {path} to resume from {older[-1].name}."
     else:
         remedy = "Start over with --run.resume never."
     check_folder(path, remedy)
     record = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return Progress(**record["progress"]), record["identity"]
+    if record.get("format") != FORMAT:
+        raise UsageError(
+            f"{path / STATE} has format {record.get('format')}, and this version of llmrec reads "
+            f"{FORMAT}. Start over with --run.resume never."
+        )
+    progress = Progress(**record["progress"])
+    if progress.best_epoch:
+        check_folder(
+            weights_path(run, stage, progress.best_epoch), "Start over with --run.resume never."
+        )
+    return progress, record["identity"]
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -169,6 +182,8 @@ def refuse_another(path: Path, identity: Mapping[str, Any], processes: int) -> N
 
 def tidy(run: Path, stage: str, keep: int) -> None:
     """Delete what no kept state needs: older states, their weights, and half-written folders."""
+    if not (run / CHECKPOINTS).exists():
+        return
     states = sorted((run / CHECKPOINTS).glob(f"{stage}-state-*"))[-keep:]
     best = {int(re.sub(r".*-best-", "", state.name)) for state in states}
     wanted = {*states, *(weights_path(run, stage, epoch) for epoch in best)}

@@ -39,8 +39,10 @@ def parser_for(
     return parser
 
 
-def parse(config_class: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
-    """The config that a command line and its YAML files ask for.
+def parse(
+    config_class: type[Config], argv: Sequence[str], prog: str, description: str
+) -> tuple[Config, frozenset[str]]:
+    """The config that a command line and its YAML files ask for, and the options that they name.
 
     Raises:
         UsageError: An unknown option (the nearest is named), a wrong value, an unreadable file.
@@ -60,13 +62,16 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, descriptio
         if word.startswith("--") and name in groups:
             raise UsageError(f"--{name} is a group; name one of its options, as --help lists them.")
     try:
-        namespace = parser.parse_args([*(f"--config={file}" for file in files), *rest])
-        values = parser.instantiate(namespace)
+        words = [*(f"--config={file}" for file in files), *rest]
+        values = parser.instantiate(parser.parse_args(words))
+        given = frozenset(_names(parser.parse_args(words, defaults=False).as_dict()))
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise UsageError(_one_sentence(str(error))) from error
-    return config_class(
-        **{key: value for key, value in values.items(branches=True) if key in _top(config_class)}
+    wanted = _top(config_class)
+    config = config_class(
+        **{key: value for key, value in values.items(branches=True) if key in wanted}
     )
+    return config, given
 
 
 def as_dict(config: object) -> dict[str, Any]:

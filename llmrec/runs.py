@@ -10,6 +10,8 @@ runs/NAME/result.json                   written last: where it exists, the run i
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -23,9 +25,12 @@ from llmrec.errors import UsageError
 
 RESULT, CONFIG, JOURNAL, CHECKPOINTS = "result.json", "config.yaml", "journal.jsonl", "checkpoints"
 MANIFEST = "manifest.json"
+NEW = ".config.new"
+"""The config of a run that is about to begin."""
 LEFTOVERS = (
     RESULT,
     "*.parquet",
+    "card.md",
     f"*{JOURNAL}",
     CHECKPOINTS,
     "events.out.tfevents.*",
@@ -33,6 +38,7 @@ LEFTOVERS = (
     ".*.json*",
     ".*.yaml.*",
     ".*.discarded",
+    "..config.new.*",
 )
 """What a run writes beside its config; the result comes first, for it vouches for the others."""
 
@@ -52,22 +58,32 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Turn the file system's refusals into one sentence."""
     try:
         yield
     except OSError as error:
+        remedy = "Free some space or name" if error.errno not in FORBIDDEN else "Name"
         raise UsageError(
-            f"{path} cannot be written ({error.strerror or error}). "
-            "Free some space or name another folder."
+            f"{path} cannot be written ({error.strerror or error}). {remedy} another folder."
         ) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder so that its name survives a crash of the machine."""
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step: a reader sees the old file or the new one, whole."""
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -97,7 +113,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     exists at every instant.
     """
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
@@ -223,10 +239,35 @@ def check_vacant(folder: Path, overwrite: bool) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file. Name a folder with --run.folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = {name for name in names if not name.lstrip(".").startswith(NEW.lstrip("."))}
+    if foreign and not foreign & {CONFIG, CHECKPOINTS}:
         raise UsageError(
             f"{folder} is not empty and holds no run. Name another folder with --run.folder."
         )
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep every other process from training in this folder, which is made if need be.
+
+    Raises:
+        UsageError: One does already.
+    """
+    with _writing(folder):
+        _make_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is training in {folder}. Wait for it, or name another "
+                "--run.folder."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_run(folder: Path, config_yaml: str, overwrite: bool) -> None:
@@ -236,7 +277,7 @@ def open_run(folder: Path, config_yaml: str, overwrite: bool) -> None:
         UsageError: See `check_vacant`; or the folder cannot be written.
     """
     check_vacant(folder, overwrite)
-    new = folder / ".config.new"
+    new = folder / NEW
     write_atomically(new, config_yaml.encode())  # a full disk shows before anything is deleted
     with _writing(folder):
         for pattern in LEFTOVERS:

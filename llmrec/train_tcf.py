@@ -33,13 +33,15 @@ from torch import Tensor, nn
 from llmrec import checkpoints
 from llmrec.checkpoints import Progress
 from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows, windows
-from llmrec.data.interactions import Dataset, Int64, Split
-from llmrec.data.readers import DataConfig, load_dataset
+from llmrec.data.interactions import Catalog, Dataset, Int64, Split
+from llmrec.data.readers import DataConfig, effective, load_dataset
 from llmrec.data.splits import SplitConfig, fit_ends, split, summary, training_counts
+from llmrec.data.tfidf import tfidf_features
 from llmrec.encoders.store import Encoded, encode_catalog
 from llmrec.encoders.text import EncoderConfig
 from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features
 from llmrec.errors import UsageError, exit_code
+from llmrec.evaluation.card import CARD, run_card
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.ranking import EvaluationConfig, UserVectors, rank
 from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
@@ -51,7 +53,7 @@ from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sasrec import USER_MODELS, UserModelConfig
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import EpochLog, progress_bar
-from llmrec.runs import CONFIG, RESULT, check_vacant, open_run, write_atomically
+from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
 
 Part = Literal["valid", "test"]
 HISTORIES = 512
@@ -168,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def configure(argv: Sequence[str]) -> TrainConfig:
     """The config of a command line, with the run's label and folder filled in."""
     words = [f"--run.{w[2:]}" if w.partition("=")[0] == "--resume" else w for w in argv]
-    config = parse(TrainConfig, words, PROG, DESCRIPTION)
+    config, given = parse(TrainConfig, words, PROG, DESCRIPTION)
+    config = replace(config, data=effective(config.data, given))
     Measure.parse(config.run.select)
     label = config.run.label or _label(config)
     data = Path(config.data.source).stem
@@ -186,6 +189,7 @@ def _label(config: TrainConfig) -> str:
 def run(argv: Sequence[str]) -> int:
     """Data -> tower and user model -> training -> one test -> run folder."""
     config = configure(argv)
+    joined = torch.distributed.is_initialized()  # by a suite, whose processes stay together
     accelerator = start(config.run.precision)
     console = Console(
         stderr=True,
@@ -197,6 +201,7 @@ def run(argv: Sequence[str]) -> int:
     check_vacant(Path(config.run.folder), config.run.overwrite)
     dataset = load_dataset(config.data)
     who = identity(as_dict(config), dataset.fingerprint())
+    who |= {"number format": accelerator.mixed_precision, "device": accelerator.device.type}
     task = Task(config, dataset, split(dataset, config.split), who, accelerator, console)
     console.print(
         f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
@@ -210,12 +215,14 @@ def run(argv: Sequence[str]) -> int:
     encoded = prepare(task) if learns else None  # may refuse, so before the folder is made
     if encoded is not None:
         who |= {"encoder weights": encoded.encoder["weights"]}
-    open_or_resume(task)
-    rankings, cost = train(task, encoded) if learns else score_baseline(task)
-    if accelerator.is_main_process:
-        finish(task, rankings, cost)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with alone(task.folder) if accelerator.is_main_process else contextlib.nullcontext():
+        open_or_resume(task)
+        rankings, cost = train(task, encoded) if learns else score_baseline(task)
+        if accelerator.is_main_process:
+            finish(task, rankings, cost)
+        accelerator.wait_for_everyone()
+    if not joined:
+        accelerator.end_training()
     return 0
 
 
@@ -272,10 +279,20 @@ def prepare(task: Task) -> Encoded | None:
         raise UsageError("run.tensorboard needs an extra: pip install 'llmrec[report]'.")
     if config.tower.name == "id":
         return None
+    if config.tower.control == "tfidf":
+        return _tfidf(task.dataset.catalog)
     with accelerator.main_process_first():  # the others then find everything in the store
         return encode_catalog(
             task.dataset.catalog, config.encoder, Path(config.run.store), accelerator.device
         )
+
+
+def _tfidf(catalog: Catalog) -> Encoded:
+    """TF-IDF in the place of a language model's vectors."""
+    began = time.perf_counter()
+    vectors = tfidf_features(catalog.texts)
+    cost = {"items": len(catalog), "seconds": time.perf_counter() - began, "flops": 0}
+    return Encoded(vectors, {"model": "TF-IDF", "weights": "TF-IDF"}, cost)
 
 
 def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict[str, Any]]:
@@ -366,6 +383,7 @@ def start_stage(
 ) -> Learner:
     """Fresh weights and optimizer, or those of the latest state that a killed run left."""
     config, accelerator, dataset = task.config, task.accelerator, task.dataset
+    accelerator.free_memory()  # what the stage before held
     rows = TrainingRows.of(dataset.interactions, train_end, config.model.max_length)
     negatives: NegativeSampler | SharedNegatives | None = None
     if config.loss.name in NEGATIVE_LOSSES:
@@ -384,8 +402,9 @@ def start_stage(
         task.console.print(
             f"  resuming {stage}: {progress.epoch - 1} epochs and {progress.step} steps are done"
         )
-        if accelerator.is_main_process:
-            checkpoints.tidy(task.folder, stage, config.run.keep_states)
+    accelerator.wait_for_everyone()  # all have read
+    if accelerator.is_main_process:
+        checkpoints.tidy(task.folder, stage, config.run.keep_states)
     accelerator.wait_for_everyone()
     return Learner(stage, model, wrapped, optimizer, rows, negatives, progress)
 
@@ -398,9 +417,8 @@ def train_epoch(task: Task, learner: Learner) -> float:
     undisturbed one does.
     """
     config, accelerator, progress = task.config, task.accelerator, learner.progress
-    optim, rows, seed, epoch = config.optim, learner.rows, config.run.seed, progress.epoch
-    smallest = accelerator.num_processes * optim.accumulate
-    batches = rows.batches(optim.batch_size, smallest, np.random.default_rng((seed, epoch)))
+    optim, rows, epoch = config.optim, learner.rows, progress.epoch
+    batches = rows.batches(optim.batch_size, np.random.default_rng(_entropy(task, learner)))
     steps = optim.epochs * math.ceil(len(rows) / optim.batch_size)
     summed = torch.zeros((), device=accelerator.device)
     if progress.losses:
@@ -410,9 +428,9 @@ def train_epoch(task: Task, learner: Learner) -> float:
     with progress_bar(task.console) as bar:
         shown = bar.add_task(f"epoch {epoch}", total=len(batches), completed=progress.step)
         for number in range(progress.step, len(batches)):
-            noise = np.random.SeedSequence((seed, epoch, number, accelerator.process_index))
+            noise = _entropy(task, learner, number, accelerator.process_index)
             torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
-            rng = np.random.default_rng((seed, epoch, number))
+            rng = np.random.default_rng(_entropy(task, learner, number))
             summed += train_step(task, learner, batches[number], rng)
             if optim.clip != "off":
                 accelerator.clip_grad_norm_(learner.wrapped.parameters(), optim.clip)
@@ -424,7 +442,7 @@ def train_epoch(task: Task, learner: Learner) -> float:
             last = progress.step == len(batches)
             due = config.run.checkpoint_steps
             saving = due != "epoch" and progress.step % due == 0 and not last
-            if (saving or last or progress.step % 50 == 0) and not torch.isfinite(summed):
+            if (saving or last or progress.step % 50 == 0) and not _finite(learner, summed):
                 raise UsageError(
                     f"the loss is not finite in epoch {epoch}, by step {progress.step}. Lower "
                     f"optim.lr={optim.lr:g} or optim.clip={optim.clip}, and start over with "
@@ -437,13 +455,27 @@ def train_epoch(task: Task, learner: Learner) -> float:
     return float(accelerator.reduce(summed, "sum")) / int(rows.lengths.sum())
 
 
+def _finite(learner: Learner, loss: Tensor) -> bool:
+    """Whether loss and weights are numbers; a loss shows its own step's damage only in the next."""
+    values = (loss, *learner.model.parameters())
+    return all(bool(torch.isfinite(value).all()) for value in values)
+
+
+def _entropy(task: Task, learner: Learner, *parts: int) -> np.random.SeedSequence:
+    """Of one purpose in one epoch of one stage, by what else it depends on."""
+    stage = 1 + (learner.stage == "refit")
+    # A sequence ignores zeros at its end, hence the last 1: else step 0 would be no step.
+    return np.random.SeedSequence((task.config.run.seed, stage, learner.progress.epoch, *parts, 1))
+
+
 def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Generator) -> Tensor:
     """Gradients of one step; returns this process's summed loss.
 
     The gradient is that of the mean over all positions of the step, however many processes and
     pieces share them: each piece's sum is divided by the whole step's positions, and DDP's
     averaging is undone. Negatives are drawn for the whole step by every process, which then takes
-    its own, so they do not depend on the number of processes or pieces either.
+    its own, so they do not depend on the number of processes or pieces either. A process or piece
+    that a short batch leaves without rows joins in with one that counts for nothing.
     """
     accelerator, rows, count = task.accelerator, learner.rows, task.config.loss.negatives
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -457,15 +489,17 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
     parts = np.array_split(np.arange(len(batch))[rank::world], task.config.optim.accumulate)
     summed = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(parts, start=1):
+        counts = len(part) > 0
+        part = part if counts else np.zeros(1, np.int64)
         inputs, targets = rows.pairs(batch[part])
-        own = drawn[part, width - inputs.shape[1] :]  # windows are left padded
+        own = drawn[part, width - inputs.shape[1] :] * (targets > 0)[:, :, None]  # left padded
         negatives = shared if task.config.loss.shares else own
         moved = Batch(*map(torch.from_numpy, (inputs, targets, negatives))).to(accelerator.device)
         waiting = number < len(parts)
         with accelerator.no_sync(learner.wrapped) if waiting else contextlib.nullcontext():
             loss = learner.wrapped(moved)
-            accelerator.backward(loss * (world / positions))
-        summed += loss.detach()
+            accelerator.backward(loss * (counts * world / positions))
+        summed += loss.detach() * counts
     return summed
 
 
@@ -548,9 +582,10 @@ def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> No
         cost=cost | {"peak_memory_bytes": peak},
     )
     result = build_result(facts, task.dataset, task.split, rankings)
-    write_result(task.folder, result)
+    record = write_result(task.folder, result)
+    write_atomically(task.folder / CARD, run_card(record).encode())
     checkpoints.finish_checkpoints(task.folder)
-    test = result.record["metrics"]["test"]
+    test = record["metrics"]["test"]
     shown = ", ".join(f"{name} {test[name]['mean']:.4f}" for name in ("HR@10", "NDCG@10"))
     task.console.print(f"{config.run.label}, seed {config.run.seed}: test {shown} -> {task.folder}")
 

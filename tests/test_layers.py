@@ -15,12 +15,12 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "errors",
     "resources runs doctor",
     "options progress checkpoints launch",
-    "data.interactions",
+    "data.interactions data.tfidf",
     "evaluation.ranking evaluation.metrics evaluation.significance evaluation.slices "
     "evaluation.beyond encoders.text data",
     "models encoders.tower encoders.store data.batches prompting.p5 prompting.indexing "
     "prompting.decoding prompting.parsing prompting.templates",
-    "evaluation.result models.recommender",  # joins a tower and a user model
+    "evaluation.result models.recommender evaluation.card",  # joins a tower and a user model
     "train_tcf prompting.train_p5 prompting.rating chat serving transfer",
     "reporting",
     "evaluation.suite studies",  # they print the tables that reporting makes

@@ -42,7 +42,7 @@ class Whole:
 
 def read(*argv):
     """The config of a command line."""
-    return parse(Whole, argv, "prog", "A program.")
+    return parse(Whole, argv, "prog", "A program.")[0]
 
 
 def refused(*argv):

@@ -37,6 +37,18 @@ def test_the_loss_curve_of_two_processes_is_that_of_one(tmp_path, name, accumula
     assert per_user(one).equals(per_user(two))
 
 
+def test_a_last_batch_with_fewer_users_than_processes_and_pieces_moves_no_loss(tmp_path, figure):
+    # 61 users in batches of 20: the last step has 1 user for 2 processes of 3 pieces.
+    options = {"optim__epochs": 3, "optim__batch_size": 20, "model__dropout": 0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(command(one, **options))[0] == [0]
+    assert run(command(two, optim__accumulate=3, **options), processes=2)[0] == [0, 0]
+    losses = [np.array([entry["loss"] for entry in journal(folder)]) for folder in (one, two)]
+    furthest = float(np.abs(losses[1] / losses[0] - 1).max())
+    figure("relative loss difference where the last step has 1 user", f"{furthest:.1e}")
+    assert furthest < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sasrec", "popularity", "random"])
 def test_an_odd_number_of_users_is_judged_alike_by_one_and_two_processes(tmp_path, name, figure):
     # A rate too small to move a weight: both judge the very same model.

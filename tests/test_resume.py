@@ -1,5 +1,6 @@
 """Killed at any point, a run goes on as if nothing had happened."""
 
+import json
 import random
 import shutil
 
@@ -8,8 +9,9 @@ from faults import KILLED, Fault, run
 from small_runs import command, journal, per_user, record
 
 from llmrec import checkpoints
+from llmrec.data.prepared import main as prepare
 from llmrec.errors import UsageError
-from llmrec.runs import sha256_of
+from llmrec.runs import alone, sha256_of, write_manifest
 
 OPTIONS = {
     "optim__epochs": 3,
@@ -143,7 +145,8 @@ def test_50_kills_while_saving_lose_nothing_and_always_leave_a_whole_state(
 ):
     total = file_operations(tmp_path)
     same, whole, before = 0, 0, [(0, 0), (0, 0)]
-    for n in sorted(random.Random(7).sample(range(1, total + 1), 50)):
+    early = range(1, 11)  # before there is a state; the others anywhere
+    for n in [*early, *sorted(random.Random(7).sample(range(11, total + 1), 40))]:
         folder = tmp_path / str(n)
         assert run(argv(folder), Fault("file", n))[0] == [KILLED]
         finished = (folder / "result.json").exists()
@@ -163,6 +166,80 @@ def test_50_kills_while_saving_lose_nothing_and_always_leave_a_whole_state(
     figure("of these, runs that ended the same", f"{same} of 50")
     assert same == 50
     assert before[1] > (3, 0)  # the last kills came after the refit's last epoch
+
+
+def refit_begins(folder):
+    """The operation on files before which the refit's first checkpoint has just been made."""
+    low, high = 1, 512
+    while low < high:
+        middle = (low + high) // 2
+        path = folder / f"look-{middle}"
+        run(argv(path, run__checkpoint_steps="epoch"), Fault("file", middle))
+        begun = list(path.glob("checkpoints/refit-*")) or (path / "result.json").exists()
+        low, high = (low, middle) if begun else (middle + 1, high)
+    return low
+
+
+def test_a_kill_between_the_refits_first_weights_and_its_first_state_is_no_dead_end(tmp_path):
+    options = {"run__checkpoint_steps": "epoch"}
+    whole = tmp_path / "whole"
+    assert run(argv(whole, **options))[0] == [0]
+    n = refit_begins(tmp_path)
+    folder = tmp_path / "run"
+    assert run(argv(folder, **options), Fault("file", n))[0] == [KILLED]
+    names = {path.name for path in (folder / "checkpoints").glob("refit-*")}
+    assert names == {"refit-epoch-001"}
+    assert run(argv(folder, **options))[0] == [0]
+    assert found(folder) == found(whole)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_kill_while_a_new_folder_is_opened_leaves_one_that_can_be_used(tmp_path, n):
+    assert run(argv(tmp_path / "run"), Fault("file", n))[0] == [KILLED]
+    assert run(argv(tmp_path / "run"))[0] == [0]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_two_runs_never_train_in_one_folder(tmp_path):
+    with alone(tmp_path / "run"):
+        words = refusal(tmp_path / "run")
+    assert "another process is training in" in words and "--run.folder" in words
+    assert run(argv(tmp_path / "run"))[0] == [0]
+
+
+def test_a_state_of_another_version_is_refused_by_name(unfinished):
+    state = checkpoints.newest_state(unfinished, "fit")
+    record = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps(record | {"format": 99}))
+    hashes = {p.name: sha256_of(p) for p in state.iterdir() if p.name != "manifest.json"}
+    write_manifest(state, hashes)
+    words = refusal(unfinished)
+    assert "state.json has format 99" in words and "--run.resume never" in words
+
+
+def test_damaged_best_weights_are_found_before_training_goes_on(unfinished):
+    (weights,) = (unfinished / "checkpoints").glob("fit-epoch-*")
+    (weights / "model.safetensors").unlink()
+    before = journal(unfinished)
+    words = refusal(unfinished)
+    assert "model.safetensors is missing" in words and "--run.resume never" in words
+    assert journal(unfinished) == before
+    assert run([*argv(unfinished), "--resume", "never"])[0] == [0]
+
+
+def test_a_run_goes_on_without_its_config_file(undisturbed, unfinished):
+    (unfinished / "config.yaml").unlink()
+    assert run(argv(unfinished))[0] == [0]
+    assert found(unfinished) == undisturbed(1)
+
+
+def test_the_same_data_from_a_prepared_folder_resume_the_run(undisturbed, unfinished, tmp_path):
+    data = [word for word in argv(unfinished) if word.startswith("--data.")]
+    assert prepare([*data, "--out", str(tmp_path / "prepared")]) == 0
+    others = [word for word in argv(unfinished) if not word.startswith("--data.")]
+    codes, words = run([*others, f"--data.source={tmp_path / 'prepared'}"])
+    assert codes == [0] and "resuming fit" in words
+    assert found(unfinished)[1:] == undisturbed(1)[1:]
 
 
 def test_the_journal_of_a_resumed_run_has_every_epoch_once(undisturbed, tmp_path):
@@ -196,7 +273,7 @@ def everything(folder):
     [
         ({"optim__lr": 0.01}, "optim.lr 0.003, now 0.01"),
         ({"run__seed": 1}, "run.seed 0, now 1"),
-        ({"data__simulated__users": 62}, "data.simulated.users 61, now 62 (and 1 more)"),
+        ({"data__simulated__users": 62}, "unfinished run with data fingerprint"),
     ],
 )
 def test_another_config_does_not_resume_the_run_and_harms_nothing(unfinished, changes, said):

@@ -16,6 +16,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("prompts", "eval", "configs")
 YAMLS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.yaml"))
+SUITES = sorted((ROOT / "eval").glob("*.yaml"))
+EXPECTED = sorted((ROOT / "eval" / "expected").glob("*.json"))
 PROMPTS = sorted((ROOT / "prompts").rglob("*.jinja"))
 
 
@@ -36,6 +38,50 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", YAMLS, ids=name)
 def test_every_shipped_yaml_is_a_mapping(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=name)
+def test_every_cell_of_every_suite_configures(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmrec.evaluation.suite import cells, read_suite
+    from llmrec.train_tcf import configure
+
+    monkeypatch.chdir(ROOT)  # suites name configs/ as seen from the clone
+    (tmp_path / "amazon-beauty-2014").mkdir()  # their data need not be here
+    monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
+    suite = read_suite(path)
+    assert suite.title and suite.question and suite.measures and suite.baseline in suite.rows
+    assert all(configure(cell.argv).run.label == cell.label for cell in cells(suite))
+    assert f"# llmrec evaluate {name(path)}" in path.read_text() or path.stem in WITHOUT_COMMAND
+
+
+WITHOUT_COMMAND = {"quickstart", "amazon-beauty-2014"}
+"""Suites whose command README.md shows."""
+
+
+def test_suites_that_share_a_folder_agree_on_its_runs_and_not_on_its_tables() -> None:
+    from llmrec.evaluation.suite import cells, read_suite
+
+    asked: dict[Path, tuple[Path, list[str]]] = {}  # run folder -> suite, options
+    tables: dict[Path, Path] = {}
+    shared = 0
+    for path in SUITES:
+        suite = read_suite(path)
+        table = suite.out / suite.table
+        assert tables.setdefault(table, path) == path, f"{path} and {tables[table]} write {table}"
+        for cell in cells(suite):
+            other, argv = asked.setdefault(cell.folder, (path, sorted(cell.argv)))
+            assert sorted(cell.argv) == argv, f"{path} and {other} differ in {cell.label}"
+            shared += other != path
+    assert shared
+
+
+@pytest.mark.parametrize("path", EXPECTED, ids=name)
+def test_every_file_of_published_results_reads_and_covers_the_usual_measures(path: Path) -> None:
+    from llmrec.reporting.published import read_published
+
+    assert all("HR@10" in row["metrics"] for row in read_published(path.stem).rows)
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=name)

@@ -55,6 +55,7 @@ def test_a_run_leaves_config_result_per_user_values_and_one_whole_checkpoint(fin
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "fit-journal.jsonl", "checkpoints", "per_user.parquet", "result.json",
+        "card.md",
     }  # fmt: skip
     check_folder(checkpoint(finished), "")
     assert len(per_user(finished)) == record(finished)["cases"]["count"] == 61
@@ -260,7 +261,7 @@ LOSSES = {
     "bce": SAMPLED,
     "bce shared": SAMPLED | {"loss__share_negatives": True},
     "gbce": SAMPLED,
-    "gbce shared": SAMPLED | {"loss__share_negatives": True, "loss__sampler": "popularity"},
+    "gbce shared": SAMPLED | {"loss__share_negatives": True},
     "sampled_softmax": SAMPLED,
     "sampled_softmax by popularity": SAMPLED
     | {"loss__sampler": "popularity", "loss__correct_positive": True},
@@ -273,6 +274,27 @@ def test_every_loss_trains(tmp_path, case):
     folder = train(tmp_path / "run", **named, **LOSSES[case])
     losses = [entry["loss"] for entry in journal(folder)]
     assert losses[-1] < losses[0]
+
+
+def test_tf_idf_needs_no_language_model(tmp_path):
+    options = {"tower__name": "text", "tower__control": "tfidf", "encoder__model": "no/such-model"}
+    folder = train(tmp_path / "run", **options)
+    assert record(folder)["cost"]["encoder"] == {"model": "TF-IDF", "weights": "TF-IDF"}
+    shuffled = record(train(tmp_path / "id"))["metrics"]["test"]
+    assert record(folder)["metrics"]["test"] != shuffled
+
+
+def test_a_run_says_what_it_recommends_and_to_whom(finished):
+    users = per_user(finished)
+    lists = users["top_item_ids"].to_list()
+    assert all(len(items) == len(set(items)) == 10 for items in lists)
+    hits = [target in items for target, items in zip(users["target_item_id"], lists, strict=True)]
+    assert hits == [value == 1 for value in users["HR@10"]]  # no ties among these scores
+    assert users["target_repeated"].any() and not users["target_repeated"].all()
+    assert users["target_has_text"].any()
+    beyond = record(finished)["beyond_accuracy"]
+    shown = {item for items in lists for item in items}
+    assert beyond["coverage"] == len(shown) / record(finished)["protocol"]["candidates"]
 
 
 def test_a_temporal_split_runs_and_its_candidates_are_those_seen_before(tmp_path):

@@ -62,9 +62,7 @@ class TrainingRows:
         """R."""
         return len(self.users)
 
-    def batches(
-        self, size: int, smallest: int, rng: np.random.Generator
-    ) -> list[NDArray[np.int64]]:
+    def batches(self, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """One epoch: all rows in shuffled batches of similar length.
 
         Rows are shuffled, sorted by length within pools of `POOL_BATCHES` batches, and cut; then
@@ -72,20 +70,15 @@ class TrainingRows:
 
         Args:
             size: rows of a batch.
-            smallest: rows below which the last batch joins its neighbour, so that no process is
-                left without one.
             rng: decides both shuffles.
 
         Returns:
-            Row numbers, each batch (<= size,) but for a joined one.
+            Row numbers, each batch (<= size,).
         """
         order = rng.permutation(len(self))
         pool = np.arange(len(self)) // (size * POOL_BATCHES)
         order = order[np.lexsort((self.lengths[order], pool))]
-        cuts = np.arange(size, len(self), size)
-        if len(cuts) and len(self) - cuts[-1] < smallest:
-            cuts = cuts[:-1]
-        batches = np.split(order, cuts)
+        batches = np.split(order, np.arange(size, len(self), size))
         return [batches[number] for number in rng.permutation(len(batches))]
 
     def pairs(self, rows: NDArray[np.int64]) -> tuple[Int64, Int64]:

@@ -41,7 +41,7 @@ class PrepareConfig:
 def prepare(argv: Sequence[str]) -> int:
     """Read, write, and say what came of it."""
     description = "Read a data set once; the folder written opens at once as data.source."
-    config = parse(PrepareConfig, argv, "llmrec data prepare", description)
+    config, _ = parse(PrepareConfig, argv, "llmrec data prepare", description)
     if not config.out:
         raise UsageError("--out is missing. Name the folder to write, such as --out prepared/mine.")
     out = Path(config.out)

@@ -34,7 +34,7 @@ from numpy.typing import DTypeLike, NDArray
 from rich.console import Console
 
 from llmrec.data.interactions import Catalog
-from llmrec.data.readers import DataConfig, load_dataset
+from llmrec.data.readers import DataConfig, effective, load_dataset
 from llmrec.encoders.text import EncoderConfig, Location, TextEncoder, locate
 from llmrec.errors import UsageError, exit_code
 from llmrec.options import parse
@@ -337,8 +337,9 @@ def embed(argv: Sequence[str]) -> int:
     description = (
         "Encode item texts into the embedding store; only new or changed ones are encoded."
     )
-    config = parse(EmbedConfig, argv, "llmrec embed", description)
-    dataset = load_dataset(config.data)
+    config, given = parse(EmbedConfig, argv, "llmrec embed", description)
+    data = effective(config.data, given)
+    dataset = load_dataset(data)
     encoded = encode_catalog(
         dataset.catalog, config.encoder, Path(config.store), pick_device(config.device)
     )

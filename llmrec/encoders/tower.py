@@ -35,8 +35,9 @@ class TowerConfig:
     whiten: bool = True
     """Whether text vectors are centred and decorrelated over the catalogue first: mean-pooled ones
     share a large common direction, which says nothing of an item."""
-    control: Literal["none", "shuffled", "random"] = "none"
-    """What replaces the true text vectors: nothing, the same shuffled among items, or noise."""
+    control: Literal["none", "shuffled", "random", "tfidf"] = "none"
+    """What replaces the true text vectors: nothing, the same shuffled among items, noise, or the
+    texts' TF-IDF in 384 dimensions (no language model)."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""

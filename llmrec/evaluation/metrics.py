@@ -37,7 +37,7 @@ class Ranking:
     """False where the target could not be found (taken out by ``filter_seen: papers``, or absent
     from a produced list): a miss with gain 0, (C,)."""
     top_items: Int32
-    """The best K items, best first, ties by lowest id, padded with 0, (C, K)."""
+    """The best K items, best first, ties in an order of the user's own, padded with 0, (C, K)."""
 
     def __len__(self) -> int:
         """C."""

@@ -123,6 +123,8 @@ def rank(
 class _Questions:
     """One block of cases with their histories laid out for a scatter."""
 
+    users: Int64
+    """(B,)."""
     targets: Int64
     """Item ids, (B,)."""
     seen_rows: Int64
@@ -137,8 +139,8 @@ class _Questions:
         rows = np.repeat(np.arange(len(block)), lengths)
         within = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         seen = interactions.items[starts[rows] + within]
-        targets = interactions.items[cases.target[block]]
-        return cls(targets.astype(np.int64), rows, seen.astype(np.int64))
+        users, targets = cases.user[block], interactions.items[cases.target[block]]
+        return cls(users.astype(np.int64), targets.astype(np.int64), rows, seen.astype(np.int64))
 
 
 class _ItemChunks:
@@ -210,7 +212,7 @@ class _BlockRanker:
         else:
             kept = torch.from_numpy(reachable).to(self.device)[:, None]
             scores.scatter_(1, targets[:, None], target_scores.masked_fill(~kept, -torch.inf))
-        top_items = self._top(scores, target_scores)
+        top_items = self._top(scores, target_scores, questions.users)
         greater = self._count(torch.gt, scores, target_scores)
         equal = self._count(torch.eq, scores, target_scores) - 1  # less the target itself
         return Ranking(
@@ -263,8 +265,8 @@ class _BlockRanker:
             torch.sum(ones, dim=1, out=counts[rows])
         return counts.cpu().numpy().astype(np.int64)
 
-    def _top(self, scores: Tensor, target_scores: Tensor) -> Int32:
-        """The K best items of each row, ties by lowest id, padded with 0: (B, width) -> (B, K)."""
+    def _top(self, scores: Tensor, target_scores: Tensor, users: Int64) -> Int32:
+        """The K best of each row, ties by `_tie_keys`, padded with 0: (B, width) -> (B, K)."""
         wanted = self.config.top_k
         kept = min(wanted, scores.shape[1] - 1)
         values, items = scores.topk(kept + 1, dim=1)  # one more, to see a tie across the cut
@@ -280,15 +282,31 @@ class _BlockRanker:
         for row in torch.nonzero((cut == values[:, kept]) & ~cut.isneginf())[:, 0].tolist():
             # topk leaves it open which of the tied it returns.
             above = int((values[row, :kept] > cut[row]).sum())
-            tied = torch.nonzero(scores[row] == cut[row])[: kept - above, 0]
-            items[row, above:kept] = tied
+            tied = torch.nonzero(scores[row] == cut[row])[:, 0].cpu().numpy()
+            first = np.argpartition(_tie_keys(users[row], tied), kept - above - 1)[: kept - above]
+            items[row, above:kept] = torch.from_numpy(tied[first]).to(self.device)
         values, items = values[:, :kept], items[:, :kept]
-        items, order = items.sort(dim=1)
-        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+        keys = torch.from_numpy(_tie_keys(users[:, None], items.cpu().numpy())).to(self.device)
+        order = keys.argsort(dim=1)
+        items, values = items.gather(1, order), values.gather(1, order)
+        values, order = values.sort(dim=1, descending=True, stable=True)
         items = items.gather(1, order).masked_fill(values.isneginf(), 0)
         top: NDArray[np.int32] = np.zeros((len(scores), wanted), dtype=np.int32)
         top[:, :kept] = items.cpu().numpy()
         return top
+
+
+def _tie_keys(users: Int64, items: Int64) -> Int64:
+    """What tied items are listed by: a hash of user and item (splitmix64), the same in any run.
+
+    By lowest id a constant scorer would show everybody the same K items. This way its lists are
+    what they say, drawn at random for each user, whatever the block or process.
+    """
+    key = (np.asarray(users).astype(np.uint64) << np.uint64(32)) + items.astype(np.uint64)
+    key += np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((key ^ (key >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 def _concatenate(parts: list[Ranking], top_k: int) -> Ranking:

@@ -17,11 +17,13 @@ import numpy as np
 import polars as pl
 
 from llmrec import runs
-from llmrec.data.interactions import Cases, Dataset, Int64, Split
+from llmrec.data.interactions import Dataset, Int32, Split
 from llmrec.data.splits import training_counts
 from llmrec.errors import UsageError
+from llmrec.evaluation.beyond import CUTOFF, beyond_accuracy, reference_space
 from llmrec.evaluation.metrics import MEASURES, Float64, Measure, Ranking, measure_matrix
 from llmrec.evaluation.significance import bootstrap
+from llmrec.evaluation.slices import case_facts
 
 PER_USER = "per_user.parquet"
 FORMAT = 1
@@ -63,8 +65,9 @@ class Result:
 
     record: dict[str, Any]
     per_user: pl.DataFrame
-    """user_id, target_item_id, greater, equal, candidates, reachable, history_length,
-    target_train_count, and one float64 column per measure; in case order."""
+    """user_id, target_item_id, greater, equal, candidates, reachable, the facts that slices are cut
+    by, top_item_ids (the list recommended, best first) and one float64 column per measure; in case
+    order."""
     folder: Path | None = None
 
     @property
@@ -113,11 +116,16 @@ def identity(
 
     Args:
         config: The resolved config, nested.
-        fingerprint: `Dataset.fingerprint` of the data as it is now; the config only names it.
+        fingerprint: `Dataset.fingerprint`, which stands for all data options: the same data read
+            from elsewhere, or from a prepared folder, is the same data.
         weights: What tells the encoder's files from any other's, where text is read.
     """
     options = flatten(json.loads(json.dumps(config, default=str)))
-    decisive = {name: value for name, value in options.items() if name not in MOVES_NO_NUMBER}
+    decisive = {
+        name: value
+        for name, value in options.items()
+        if name not in MOVES_NO_NUMBER and not name.startswith("data.")
+    }
     return decisive | {"data fingerprint": fingerprint, "encoder weights": weights}
 
 
@@ -173,6 +181,7 @@ def build_result(
         "label": facts.label,
         "seed": facts.seed,
         "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
+        "beyond_accuracy": _beyond_accuracy(dataset, split, rankings["test"]),
         "protocol": _protocol(facts, dataset, split),
         "data": _data(facts, dataset, split),
         "cases": {"count": len(split.test), "fingerprint": _fingerprint(per_user)},
@@ -188,14 +197,19 @@ def build_result(
     return Result(json.loads(json.dumps(record)), per_user)
 
 
-def write_result(folder: Path, result: Result) -> None:
-    """Write both files, each in one step; ``result.json`` last, so that it vouches for both."""
+def write_result(folder: Path, result: Result) -> dict[str, Any]:
+    """Write both files, each in one step; ``result.json`` last, so that it vouches for both.
+
+    Returns:
+        What ``result.json`` holds.
+    """
     buffer = io.BytesIO()
     result.per_user.write_parquet(buffer)
     data = buffer.getvalue()
     runs.write_atomically(folder / PER_USER, data)
     record = {**result.record, "per_user_sha256": hashlib.sha256(data).hexdigest()}
     runs.write_json(folder / runs.RESULT, record)
+    return record
 
 
 def read_result(folder: Path) -> Result:
@@ -268,16 +282,30 @@ def _per_user(
         "equal": ranking.equal,
         "candidates": ranking.candidates,
         "reachable": ranking.reachable,
-        "history_length": _history_lengths(dataset, split.test),
-        "target_train_count": popularity[targets],
+        **case_facts(dataset, split.test, popularity),
+        "top_item_ids": _external_ids(dataset, ranking.top_items[:, :CUTOFF]),
     }
     columns |= {str(measure): values[:, i] for i, measure in enumerate(measures)}
     return pl.DataFrame(columns)
 
 
-def _history_lengths(dataset: Dataset, cases: Cases) -> Int64:
-    """Visible interactions of each case, (C,)."""
-    return cases.end - dataset.interactions.offsets[cases.user]
+def _external_ids(dataset: Dataset, top_items: Int32) -> list[list[str]]:
+    """Each case's list without its padding: (C, K) -> C lists."""
+    ids = ["", *dataset.catalog.ids]
+    return [[ids[item] for item in items if item] for items in top_items.tolist()]
+
+
+def _beyond_accuracy(dataset: Dataset, split: Split, ranking: Ranking) -> dict[str, Any]:
+    """Beside accuracy, at K = 10 or as many items as were kept."""
+    return beyond_accuracy(
+        ranking.top_items,
+        training_counts(dataset.interactions, split.train_end, dataset.item_count),
+        split.test_candidates,
+        dataset.interactions,
+        split.test,
+        reference_space(dataset.catalog),
+        min(CUTOFF, ranking.top_items.shape[1]),
+    )
 
 
 def _metrics(ranking: Ranking, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:

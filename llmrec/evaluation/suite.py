@@ -22,14 +22,9 @@ from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation.metrics import Measure
 from llmrec.evaluation.result import Result, differing, flatten, identity, read_result
 from llmrec.options import as_dict
-from llmrec.reporting.tables import (
-    DEFAULT_MEASURES,
-    Question,
-    build_table,
-    console,
-    print_table,
-    write_files,
-)
+from llmrec.reporting.published import Published, read_published
+from llmrec.reporting.record import DEFAULT_MEASURES, Question, build_table, check_varies
+from llmrec.reporting.render import console, print_table, write_files
 
 Options: TypeAlias = dict[str, Any]
 """Options of the train entry point by dotted name."""
@@ -42,7 +37,12 @@ finished with the same config, data and encoder are kept; finished runs that dif
 or replaced with --overwrite. A dotted option of the train command applies to every row:
   llmrec evaluate eval/quickstart.yaml --data.source my.csv --out runs/mine"""
 
-_KEYS = ("title", "question", "baseline", "measures", "contrasts", "base", "seeds", "rows", "out")
+_KEYS = (
+    "title", "question", "baseline", "measures", "contrasts", "base", "seeds", "rows", "out",
+    "table", "slices", "beyond_accuracy", "expected", "varies",
+)  # fmt: skip
+_EXAMPLES = {"expected": "amazon-beauty-2014", "varies": "filter_seen"}
+"""What may stand in the lists of these keys."""
 _DECIDED = {
     "run.seed": "--seeds, or seeds in the suite",
     "run.label": "the labels of the suite's rows",
@@ -70,6 +70,16 @@ class Suite:
     seeds: Sequence[int] = (0,)
     overwrite: bool = False
     """Whether finished runs of another config or data may be replaced."""
+    table: str = "table"
+    """Name of the table's files in `out`, without ending: suites may share their runs."""
+    slices: bool = False
+    """Whether every row is also shown per slice of the test users."""
+    beyond_accuracy: bool = False
+    """Whether coverage, Gini, popularity, novelty and likeness within lists are shown."""
+    published: Sequence[Published] = ()
+    """Others' results to print beside ours."""
+    varies: Sequence[str] = ()
+    """Rules of the protocol that the rows differ in on purpose, such as filter_seen."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,13 @@ def read_suite(path: Path) -> Suite:
         contrasts=_pairs(path, content.get("contrasts", [])),
         base=flatten(content.get("base") or {}),
         seeds=_seeds(path, content.get("seeds", [0])),
+        table=_file_name(path, content.get("table", "table")),
+        slices=_flag(path, content, "slices"),
+        beyond_accuracy=_flag(path, content, "beyond_accuracy"),
+        published=[read_published(name) for name in _names(path, content, "expected")],
+        varies=_names(path, content, "varies"),
     )
+    check_varies(suite.varies)
     for label in (suite.baseline, *(label for pair in suite.contrasts for label in pair)):
         if label not in rows:
             raise UsageError(f"{path} names {label!r}, which is no row: {nearest(label, rows)}")
@@ -207,6 +223,28 @@ def _pairs(path: Path, contrasts: Any) -> list[tuple[str, str]]:
     return [(str(a), str(b)) for a, b in contrasts]
 
 
+def _flag(path: Path, content: Options, key: str) -> bool:
+    value = content.get(key, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"{path}: {key} must be true or false, not {value!r}.")
+    return value
+
+
+def _names(path: Path, content: Options, key: str) -> list[str]:
+    names = content.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{path}: {key} must be a list of names, such as [{_EXAMPLES[key]}].")
+    return names
+
+
+def _file_name(path: Path, name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise UsageError(
+            f"{path}: table must be a file name without folder or ending, such as cold_start."
+        )
+    return name
+
+
 def _whole_numbers(text: str) -> list[int]:
     """``0,1,2`` -> [0, 1, 2]; nothing where it is anything else."""
     try:
@@ -232,19 +270,19 @@ def identities(found: Sequence[Cell]) -> list[dict[str, Any]]:
     """
     from llmrec.encoders.text import locate
     from llmrec.models.baselines import BASELINES
-    from llmrec.train_tcf import configure
+    from llmrec.train_tcf import TrainConfig, configure
 
     # All of them first: a misspelt option in the last row should not be found after an hour.
     configs = [configure(cell.argv) for cell in found]
     fingerprint = functools.cache(lambda data: load_dataset(data).fingerprint())
-    weights = functools.cache(lambda encoder: locate(encoder).identity)
-    reads_text = [c.tower.name != "id" and c.model.name not in BASELINES for c in configs]
-    return [
-        identity(
-            as_dict(config), fingerprint(config.data), weights(config.encoder) if text else None
-        )
-        for config, text in zip(configs, reads_text, strict=True)
-    ]
+    located = functools.cache(lambda encoder: locate(encoder).identity)
+
+    def weights(config: TrainConfig) -> str | None:
+        if config.tower.name == "id" or config.model.name in BASELINES:
+            return None
+        return "TF-IDF" if config.tower.control == "tfidf" else located(config.encoder)
+
+    return [identity(as_dict(c), fingerprint(c.data), weights(c)) for c in configs]
 
 
 def finished(cell: Cell) -> Result | None:
@@ -255,29 +293,49 @@ def finished(cell: Cell) -> Result | None:
         return None
 
 
+def _begun(cell: Cell) -> dict[str, Any] | None:
+    """The identity of the unfinished run that a cell's folder holds; none where there is none."""
+    from llmrec.checkpoints import newest_state, read_state
+
+    states = [newest_state(cell.folder, stage) for stage in ("fit", "refit")]
+    found = [state for state in states if state]
+    if not found or (cell.folder / runs.RESULT).exists():
+        return None
+    return read_state(found[-1])[1]
+
+
+def _difference(held: dict[str, Any] | None, wanted: dict[str, Any]) -> list[str]:
+    """Names in which a run that is there disagrees with the one that is wanted."""
+    return [name for name in wanted if held is not None and held.get(name) != wanted[name]]
+
+
 def _refuse_others(suite: Suite, todo: Sequence[tuple[Cell, dict[str, Any]]]) -> None:
-    """Finished runs that are not the suite's: hours of somebody's that nobody said may go."""
+    """Finished or begun runs that are not the suite's: hours that nobody said may go."""
     found = []
     for cell, wanted in todo:
         result = finished(cell)
-        held = result.identity() if result else wanted
-        found += [(name, held.get(name), wanted.get(name)) for name in differing(held, wanted)[:1]]
-    if found and not suite.overwrite:
+        held = result.identity() if result else _begun(cell)
+        found += [
+            (name, (held or {}).get(name), wanted[name]) for name in _difference(held, wanted)[:1]
+        ]
+    if found:
         name, *values = found[0]
         was, wanted_now = (re.sub(r"^([0-9a-f]{12})[0-9a-f]{28,}$", r"\1", str(v)) for v in values)
-        runs_come = "finished run comes" if len(found) == 1 else "finished runs come"
+        come = "run comes" if len(found) == 1 else "runs come"
         raise UsageError(
-            f"{len(found)} {runs_come} from another config or data in {suite.out} (first "
+            f"{len(found)} {come} from another config or data in {suite.out} (first "
             f"difference: {name} {was} -> {wanted_now}). Give other runs another --out, or replace "
             "these with --overwrite."
         )
 
 
-def _train(cell: Cell) -> str:
-    """Train one cell in this process; what went wrong, or an empty string."""
+def _train(cell: Cell, anew: bool) -> str:
+    """Train one cell in this process, or the rest of it; what went wrong, or nothing."""
     from llmrec.train_tcf import main as train
 
     argv = list(cell.argv)
+    if anew:
+        argv.append("--run.resume=never")
     if (cell.folder / runs.RESULT).exists():
         argv.append("--run.overwrite=true")
     with contextlib.suppress(OSError):
@@ -302,11 +360,16 @@ def _train(cell: Cell) -> str:
     return f"exit code {code}" if code else ""
 
 
-def run_suite(suite: Suite, out: Console) -> int:
-    """Train what is missing, show the table, write it beside the runs; 1 if a cell failed."""
+def run_suite(suite: Suite, out: Console, processes: int = 1) -> int:
+    """Train what is missing, show the table, write it beside the runs; 1 if a cell failed.
+
+    Of several processes each calls this; a quiet console marks those that are not the main one.
+    They agree on what is finished, as no result is written before all have entered its run.
+    """
     found = cells(suite)
     todo = list(zip(found, identities(found), strict=True))
-    _refuse_others(suite, todo)
+    if not suite.overwrite:
+        _refuse_others(suite, todo)
     results: list[Result] = []
     failed: list[str] = []
     for place, (cell, wanted) in enumerate(todo, start=1):
@@ -317,14 +380,19 @@ def run_suite(suite: Suite, out: Console) -> int:
         else:
             changed = (cell.folder / runs.RESULT).exists()
             out.print(escape(f"{name}{': changed or damaged, trained again' if changed else ''}"))
-            problem = _train(cell)
+            anew = suite.overwrite and bool(_difference(_begun(cell), wanted))
+            problem = _train(cell, anew)
             if problem:
                 failed.append(f"{cell.label}, seed {cell.seed}")
-                out.print(escape(f"{name} failed: {problem}"), style="red", highlight=False)
+                told = console() if out.quiet else out  # by whichever process met it
+                told.print(escape(f"{name} failed: {problem}"), style="red", highlight=False)
+                if processes > 1:  # the others may still wait inside the run that failed here
+                    told.print("The suite ends here; the same command goes on with this run.")
+                    return 1
                 continue
             result = read_result(cell.folder)
         results.append(result)
-    return _report(suite, results, failed, out)
+    return 0 if out.quiet else _report(suite, results, failed, out)
 
 
 def _report(suite: Suite, results: Sequence[Result], failed: Sequence[str], out: Console) -> int:
@@ -338,13 +406,17 @@ def _report(suite: Suite, results: Sequence[Result], failed: Sequence[str], out:
         contrasts=[pair for pair in suite.contrasts if labels.issuperset(pair)],
         title=suite.title,
         text=suite.question,
+        slices=suite.slices,
+        beyond_accuracy=suite.beyond_accuracy,
+        published=suite.published,
+        varies=suite.varies,
     )
     record = build_table(results, question)
     record["failed"] = list(failed)
     print_table(record, out)
-    table = suite.out / "table.md"
-    write_files(record, table, suite.out / "table.json")
-    out.print(escape(f"Written to {table} and table.json."), style="dim", highlight=False)
+    table = suite.out / f"{suite.table}.md"
+    write_files(record, table, table.with_suffix(".json"))
+    out.print(escape(f"Written to {table} and {suite.table}.json."), style="dim", highlight=False)
     for name in failed:
         out.print(escape(f"Failed and not in the table: {name}"), style="red", highlight=False)
     return 1 if failed else 0
@@ -354,7 +426,15 @@ def _evaluate(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         console().print(escape(HELP), highlight=False)
         return 0 if argv else 2
-    return run_suite(override(read_suite(Path(argv[0])), argv[1:]), console())
+    from llmrec.launch import start
+
+    suite, out = override(read_suite(Path(argv[0])), argv[1:]), console()
+    accelerator = start("auto")  # processes that part after a run cannot join for the next one
+    out.quiet = not accelerator.is_main_process
+    code = run_suite(suite, out, accelerator.num_processes)
+    if not code:  # else another process may be where it cannot take leave
+        accelerator.end_training()
+    return code
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ NEGATIVE_LOSSES = ("sampled_softmax", "bce", "gbce")
 USED_BY = {
     "negatives": NEGATIVE_LOSSES,
     "share_negatives": ("bce", "gbce"),
-    "sampler": NEGATIVE_LOSSES,
+    "sampler": ("sampled_softmax",),
     "correct_positive": ("sampled_softmax",),
     "calibration": ("gbce",),
     "chunk_megabytes": ("full_softmax",),
@@ -38,15 +38,16 @@ class LossConfig:
     process meets in one piece of a step (TCF, MoRec), so optim.accumulate and the number of
     processes change it; sampled_softmax: cross-entropy over the target and K negatives shared by
     the step, corrected by logQ; bce: binary cross-entropy with K negatives (SASRec); gbce: the same
-    calibrated to few negatives (gSASRec)."""
+    calibrated to few negatives (gSASRec). With many negatives these two start slowly and want more
+    epochs than a softmax."""
     negatives: int = 1
     """K: negatives per position, or per step where they are shared; sampled_softmax, bce, gbce."""
     share_negatives: bool = False
     """Whether one draw of K serves all positions of a step; bce and gbce. Else each position has
     its own, never from the user's own training items. sampled_softmax always shares."""
     sampler: Literal["uniform", "popularity"] = "uniform"
-    """How shared negatives are drawn, with replacement: uniformly from all items, or in proportion
-    to training counts. A position's own ones are uniform."""
+    """How sampled_softmax draws its negatives, with replacement: uniformly from all items, or in
+    proportion to training counts. Those of bce and gbce are uniform: nothing corrects them."""
     correct_positive: bool = False
     """sampled_softmax: whether the target's score is corrected by logQ as well. Without, the
     negatives' sum estimates the full softmax's without bias."""
@@ -71,11 +72,6 @@ class LossConfig:
             raise UsageError(f"loss.chunk_megabytes={self.chunk_megabytes} must be at least 1.")
         if not 0 <= self.calibration <= 1:
             raise UsageError(f"loss.calibration={self.calibration} must lie in [0, 1].")
-        if self.sampler == "popularity" and not self.shares:
-            raise UsageError(
-                "loss.sampler=popularity draws shared negatives only. Add --loss.share_negatives "
-                "true, or leave it out."
-            )
 
     @property
     def shares(self) -> bool:

@@ -95,41 +95,20 @@ def test_lengths_count_the_pairs(users, max_length):
         assert (targets > 0).sum(1).tolist() == rows.lengths.tolist()
 
 
-@given(
-    st.lists(st.integers(1, 20), min_size=1, max_size=300),
-    st.integers(1, 9),
-    st.integers(1, 6),
-    st.integers(0, 3),
-)
-def test_an_epoch_has_every_row_exactly_once(lengths, size, smallest, seed):
-    batches = lengths_of(lengths).batches(size, smallest, np.random.default_rng(seed))
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 3))
+def test_an_epoch_has_every_row_exactly_once_in_batches_of_the_size_but_for_one(
+    lengths, size, seed
+):
+    batches = lengths_of(lengths).batches(size, np.random.default_rng(seed))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    sizes = sorted(map(len, batches))
-    assert sizes[-1] < size + smallest
-    if len(lengths) >= smallest and size >= smallest:
-        assert sizes[0] >= smallest
-
-
-@pytest.mark.parametrize(
-    ("rows", "size", "smallest", "sizes"),
-    [
-        (9, 3, 1, [3, 3, 3]),
-        (10, 3, 1, [1, 3, 3, 3]),
-        (10, 3, 2, [3, 3, 4]),  # the last one joins
-        (11, 3, 2, [2, 3, 3, 3]),
-        (2, 3, 2, [2]),
-        (1, 3, 2, [1]),  # nobody to join
-    ],
-)
-def test_a_last_batch_that_is_too_small_joins_its_neighbour(rows, size, smallest, sizes):
-    batches = lengths_of([1] * rows).batches(size, smallest, np.random.default_rng(0))
-    assert sorted(map(len, batches)) == sizes
+    full, rest = divmod(len(lengths), size)
+    assert sorted(map(len, batches)) == [rest] * (rest > 0) + [size] * full
 
 
 def test_rows_of_similar_length_are_together():
     lengths = np.random.default_rng(0).integers(1, 50, size=320)
     rows = lengths_of(lengths)
-    batches = rows.batches(10, 1, np.random.default_rng(1))
+    batches = rows.batches(10, np.random.default_rng(1))
     padded = sum(len(batch) * rows.lengths[batch].max() for batch in batches)
     at_random = sum(10 * part.max() for part in np.split(lengths, 32))
     # One pool of 32 batches, sorted: ten rows span about 49 / 32 lengths instead of all.
@@ -138,14 +117,14 @@ def test_rows_of_similar_length_are_together():
 
 def test_batches_do_not_come_sorted_by_length():
     rows = lengths_of(list(range(1, 101)))
-    batches = rows.batches(10, 1, np.random.default_rng(0))
+    batches = rows.batches(10, np.random.default_rng(0))
     means = [rows.lengths[batch].mean() for batch in batches]
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_one_others():
     rows = lengths_of([1, 2, 3] * 20)
-    first, again, other = (rows.batches(7, 1, np.random.default_rng(s)) for s in (0, 0, 1))
+    first, again, other = (rows.batches(7, np.random.default_rng(s)) for s in (0, 0, 1))
     assert [batch.tolist() for batch in first] == [batch.tolist() for batch in again]
     assert [batch.tolist() for batch in first] != [batch.tolist() for batch in other]
 

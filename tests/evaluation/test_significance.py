@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 
@@ -69,36 +67,6 @@ def test_a_planted_difference_is_found_with_its_interval():
     assert found.p < 0.01
     assert found.low < 0.06 < found.high
     assert found.low > 0
-
-
-@pytest.mark.parametrize(
-    ("seeds", "seed_sd", "low", "high"),
-    [(1, 0.0, 0.02, 0.08), (3, 0.0, 0.0, 0.05), (3, 0.02, 0.0, 0.08), (5, 0.03, 0.0, 0.09)],
-)
-def test_pairs_that_differ_in_nothing_but_seed_are_rarely_called_different(
-    seeds, seed_sd, low, high
-):
-    rng = np.random.default_rng(seeds)
-    pairs = 400
-    hits = 0
-    for pair in range(pairs):
-        shared = rng.random((1, 200, 1))
-        a, b = (shared + normal(rng, seeds, seed_sd=seed_sd) for _ in "ab")
-        hits += compare(a, b, flips=400, resamples=10, seed=pair)[0].p < 0.05
-    sys.stdout.write(
-        f"{seeds} seeds, seed noise {seed_sd}: {hits / pairs:.3f} of {pairs} pairs flagged\n"
-    )
-    assert low <= hits / pairs <= high
-
-
-def test_ignoring_seed_noise_would_flag_far_more():
-    # What the correction is for: the same rows judged on users alone.
-    rng = np.random.default_rng(0)
-    hits = 0
-    for pair in range(100):
-        a, b = (normal(rng, 1, seed_sd=0.06) for _ in "ab")
-        hits += compare(a, b, flips=400, resamples=10, seed=pair)[0].p < 0.05
-    assert hits > 25
 
 
 def test_rows_over_different_users_are_refused():

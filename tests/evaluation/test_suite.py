@@ -100,7 +100,7 @@ def test_finished_runs_of_another_config_are_refused_before_any_training(suite, 
     capsys.readouterr()
     assert main([suite(), "--optim.epochs", "3"]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("llmrec: 2 finished runs come from another config or data in ")
+    assert shown.startswith("llmrec: 2 runs come from another config or data in ")
     assert "(first difference: optim.epochs 2 -> 3). Give other runs another --out" in shown
     assert shown.endswith("or replace these with --overwrite.\n")
     assert len(trained) == 2
@@ -127,8 +127,8 @@ def test_an_unfinished_cell_is_trained_again_without_asking(suite, trained, tmp_
 @pytest.mark.parametrize(
     ("changed", "runs", "difference"),
     [
-        ("data", "4 finished runs come", "data fingerprint {old:.12} -> {new:.12})"),
-        ("encoder", "2 finished runs come", "encoder weights 000000000000 -> 111111111111)"),
+        ("data", "4 runs come", "data fingerprint {old:.12} -> {new:.12})"),
+        ("encoder", "2 runs come", "encoder weights 000000000000 -> 111111111111)"),
     ],
 )
 def test_finished_runs_on_other_data_or_another_encoder_are_refused(
@@ -186,7 +186,7 @@ def test_real_runs_are_kept_until_their_csv_changes(suite, tmp_path, capsys):
     capsys.readouterr()
     assert main([path]) == 2
     shown = capsys.readouterr().err
-    assert f"3 finished runs come from another config or data in {tmp_path / 'out'} (" in shown
+    assert f"3 runs come from another config or data in {tmp_path / 'out'} (" in shown
     assert f"data fingerprint {data[:12]} -> " in shown
     assert written() == first
 

@@ -227,7 +227,7 @@ def test_sampled_softmax_estimates_the_sum_over_all_items_without_bias():
         ({"name": "bce", "calibration": 0.5}, r"loss\.calibration=0\.5 means nothing"),
         ({"name": "sampled_softmax", "share_negatives": True}, "share_negatives=true means"),
         ({"name": "gbce", "calibration": 1.5}, r"must lie in \[0, 1\]"),
-        ({"name": "bce", "sampler": "popularity"}, "draws shared negatives only"),
+        ({"name": "bce", "sampler": "popularity"}, "sampler=popularity means nothing"),
     ],
 )
 def test_an_option_that_the_loss_would_ignore_is_refused(options, said):

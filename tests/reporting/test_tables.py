@@ -1,61 +1,13 @@
 import json
 
-import numpy as np
-import polars as pl
 import pytest
-from rich.console import Console
+from made_runs import QUESTION, run, text
 
 from llmrec.errors import UsageError
-from llmrec.evaluation.metrics import Measure
-from llmrec.evaluation.result import Result, write_result
-from llmrec.reporting.tables import Question, build_table, main, print_table, to_markdown
-
-QUESTION = Question(measures=[Measure("HR", 10), Measure("NDCG", 10)])
-
-
-def run(label="ID", seed=0, mean_place=60, users=400, **changes):
-    """A finished run whose targets lie near `mean_place` of 1,000 candidates."""
-    rng = np.random.default_rng(sum(map(ord, label)) * 10 + seed)
-    greater = np.minimum(rng.geometric(1 / mean_place, users) - 1, 999)
-    per_user = pl.DataFrame(
-        {
-            "user_id": [f"u{u}" for u in range(users)],
-            "target_item_id": ["i"] * users,
-            "greater": greater.astype(np.int64),
-            "equal": np.zeros(users, np.int64),
-            "candidates": np.full(users, 1000),
-            "reachable": np.ones(users, bool),
-        }
-    )
-    protocol = {
-        "split": "leave_one_out", "fit_on": "train", "candidates": 1000, "filter_seen": "true",
-        "ties": "averaged", "order": "timestamp",
-    }  # fmt: skip
-    record = {
-        "label": label,
-        "seed": seed,
-        "metrics": {},
-        "protocol": protocol | {k: v for k, v in changes.items() if k in protocol},
-        "data": {
-            "name": "tiny", "source": "simulated", "users": users, "items": 1000,
-            "interactions": changes.get("interactions", 9000),
-            "fingerprint": changes.get("data", "0123456789abcdef"),
-            "template_sha256": changes.get("template", "title"),
-            "counts": {"users_read": 450, "interactions_read": 9100} | changes.get("counts", {}),
-        },
-        "cases": {"count": users, "fingerprint": changes.get("cases", "same")},
-        "config": changes.get("config", {"run": {"seed": seed}}),
-        "cost": {"train_seconds": 12.34, "trainable_parameters": 1_234_567, "flops": 2.5e12}
-        | changes.get("cost", {}),
-    }  # fmt: skip
-    return Result(record, per_user)
-
-
-def text(record, width=100):
-    console = Console(width=width, record=True, color_system=None, file=None, quiet=False)
-    with console.capture() as captured:
-        print_table(record, console)
-    return captured.get()
+from llmrec.evaluation.result import write_result
+from llmrec.reporting.record import Question, build_table
+from llmrec.reporting.render import to_markdown
+from llmrec.reporting.tables import main
 
 
 def test_a_clear_difference_is_starred_and_bold_and_the_baseline_says_so():
@@ -246,6 +198,8 @@ def test_compare_reads_folders_and_writes_the_same_numbers_twice(tmp_path, capsy
         (["--contrast", "ID", "none"], "No run is labelled 'none'"),
         (["--basline", "ID"], "unrecognized arguments"),
         (["nowhere"], "no finished run"),
+        (["--expected", "amazon-beauty"], "did you mean amazon-beauty-2014?"),
+        (["--varies", "filter_sen"], "did you mean filter_seen?"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, options, sentence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from pathlib import Path
 
 from llmrec.data.columns import assemble
@@ -10,11 +11,11 @@ from llmrec.data.interactions import Dataset
 from llmrec.data.item_text import load_template
 from llmrec.data.readers import recbole, table
 from llmrec.data.readers.config import DataConfig
-from llmrec.data.readers.prepared import is_prepared, open_prepared
+from llmrec.data.readers.prepared import is_prepared, open_prepared, prepared_config
 from llmrec.data.simulated import simulate
 from llmrec.errors import UsageError, nearest
 
-__all__ = ["READERS", "DataConfig", "data_root", "find_source", "load_dataset"]
+__all__ = ["READERS", "DataConfig", "data_root", "effective", "find_source", "load_dataset"]
 
 READERS = {"table": table.read, "recbole": recbole.read}
 
@@ -24,22 +25,41 @@ def data_root() -> Path:
     return Path(os.environ.get("LLMREC_DATA") or "data")
 
 
+def _found(source: str) -> Path | None:
+    """The path that a `data.source` means, where there is one."""
+    places = (Path(source).expanduser(), data_root() / source)
+    return next((path for path in places if source and path.exists()), None)
+
+
 def find_source(source: str) -> Path:
     """The folder or file a `data.source` means: as it stands, else under the data root.
 
     Raises:
         UsageError: If it is in neither place; the message lists what the data root holds.
     """
-    root = data_root()
-    for path in (Path(source).expanduser(), root / source):
-        if source and path.exists():
-            return path
+    root, path = data_root(), _found(source)
+    if path is not None:
+        return path
     names = [entry.name for entry in root.iterdir()] if root.is_dir() else []
     held = nearest(source, names) if names else "it holds nothing."
     raise UsageError(
         f"data.source={source} is neither in the working directory nor under the data root "
         f"{root} (set LLMREC_DATA to change it); {held}"
     )
+
+
+def effective(config: DataConfig, given: Set[str]) -> DataConfig:
+    """The options that decide the data: for a prepared folder those it was prepared with.
+
+    Args:
+        config: As parsed.
+        given: Names of the options that command line and YAML hold, as `options.parse` returns.
+
+    Raises:
+        UsageError: A named option disagrees with the prepared folder.
+    """
+    path = None if config.source == "simulated" else _found(config.source)
+    return prepared_config(path, config, given) if path and is_prepared(path) else config
 
 
 def load_dataset(config: DataConfig) -> Dataset:

@@ -12,7 +12,7 @@ Arrays are memory-mapped, so processes on one machine share them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from llmrec.data.interactions import Catalog, Dataset, Interactions
 from llmrec.data.item_text import load_template
 from llmrec.data.readers.config import DataConfig
+from llmrec.data.simulated import SimulatedConfig
 from llmrec.errors import UsageError
 from llmrec.runs import MANIFEST, check_folder
 
@@ -76,6 +77,33 @@ def open_prepared(path: Path, config: DataConfig) -> Dataset:
     return dataset.with_fingerprint(about["fingerprint"])  # the manifest vouches for it
 
 
+def prepared_config(path: Path, config: DataConfig, given: Set[str]) -> DataConfig:
+    """The options that a folder was prepared with, as those of a run that names the folder.
+
+    Args:
+        path: The folder.
+        config: The options asked for now.
+        given: Those that were named, such as ``data.item_text``; the others are at their default.
+
+    Raises:
+        UsageError: A named option disagrees.
+    """
+    prepared = _about(path, "Prepare it again.")["prepared_with"]
+    asked = asdict(config)
+    for name, value, before in _differing(asked, asked, prepared, "data."):
+        if name in given and name != "data.source":
+            raise _disagreement(name, value, path, before)
+    simulated = SimulatedConfig(**prepared["simulated"])
+    return DataConfig(**prepared | {"simulated": simulated, "source": config.source})
+
+
+def _disagreement(name: str, value: object, path: Path, before: object) -> UsageError:
+    return UsageError(
+        f"{name}={value} but {path} was prepared with {before}. Leave it out, or prepare the "
+        "data again with it."
+    )
+
+
 def _about(path: Path, remedy: str) -> dict[str, Any]:
     """What ``dataset.json`` says."""
     try:
@@ -95,10 +123,8 @@ def _refuse_other_options(path: Path, about: Mapping[str, Any], config: DataConf
     given, default, prepared = asdict(config), asdict(DataConfig()), about["prepared_with"]
     del given["source"]
     for name, value, before in _differing(given, default, prepared, "data."):
-        raise UsageError(
-            f"{name}={value} but {path} was prepared with {before}. Leave it out, or prepare the "
-            "data again with it."
-        )
+        if value != _at(default, name):
+            raise _disagreement(name, value, path, before)
     asked = config.item_text != default["item_text"]  # its file may have been edited since
     used = about["template_sha256"]
     if asked and used and load_template(config.item_text).sha256 != used:
@@ -111,13 +137,21 @@ def _refuse_other_options(path: Path, about: Mapping[str, Any], config: DataConf
 def _differing(
     given: Mapping[str, Any], default: Mapping[str, Any], prepared: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Options that are neither at their default nor as prepared: name, value, prepared value."""
+    """Options that are not as prepared: name, value, prepared value."""
     for name, value in given.items():
         before = prepared.get(name, default[name])  # an option younger than the folder
         if isinstance(value, dict):
             yield from _differing(value, default[name], before, f"{prefix}{name}.")
-        elif value not in (default[name], before):
+        elif value != before:
             yield f"{prefix}{name}", value, before
+
+
+def _at(options: Mapping[str, Any], name: str) -> object:
+    """The value of a dotted option; its first word is the group's own name."""
+    value: Any = options
+    for part in name.split(".")[1:]:
+        value = value[part]
+    return value
 
 
 def _array(path: Path, name: str, length: int, remedy: str) -> NDArray[Any]:

@@ -1,0 +1,299 @@
+"""All numbers of a comparison of finished runs as one record; every output shows what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmrec.errors import UsageError, nearest
+from llmrec.evaluation.metrics import Float64, Measure
+from llmrec.evaluation.result import Result, differing
+from llmrec.evaluation.significance import bootstrap, compare, holm
+from llmrec.evaluation.slices import FAMILIES, slice_table
+from llmrec.reporting.published import Published
+
+DEFAULT_MEASURES = ("HR@10", "NDCG@10")
+
+_SAME = {
+    "cases": "the test users and targets",
+    "split": "the split",
+    "interactions": "the number of interactions",
+    "candidates": "the number of candidates",
+    "filter_seen": "filter_seen",
+    "fit_on": "fit_on",
+}
+"""What all runs of a table must share."""
+VARIABLE = [rule for rule in _SAME if rule != "cases"]
+"""Rules that rows may differ in on purpose. The test users never: tests are paired on them."""
+_ONE_ROW = {"run.seed", "run.label"}
+"""All that the runs of one row may differ in, besides options that move no number."""
+
+BEYOND = (
+    "coverage", "gini", "mean_popularity", "popularity_lift", "novelty", "intra_list_similarity",
+)  # fmt: skip
+"""Entries of a result's beyond_accuracy that tables show."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a table is asked to show."""
+
+    baseline: str | None = None
+    """Label of the row every other is compared with; None: the first run's."""
+    measures: Sequence[Measure] = tuple(map(Measure.parse, DEFAULT_MEASURES))
+    contrasts: Sequence[tuple[str, str]] = ()
+    """Further pairs of labels to compare, a family of their own."""
+    title: str = ""
+    """Printed above the tables."""
+    text: str = ""
+    """The question in words, printed under the title."""
+    slices: bool = False
+    """Whether every row is also shown per slice of the test users."""
+    beyond_accuracy: bool = False
+    """Whether coverage, Gini, popularity, novelty and likeness within lists are shown."""
+    published: Sequence[Published] = ()
+    """Others' numbers to print beside ours, where they are of the same data."""
+    varies: Sequence[str] = ()
+    """Rules of the protocol that rows differ in on purpose, such as filter_seen."""
+
+
+def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]:
+    """All numbers of a comparison as one JSON-ready record, which every output shows.
+
+    Only where asked for, it also holds ``slices`` and ``beyond_accuracy`` (and each row its own),
+    ``published``, and ``varies`` (and each row, as ``protocol``, its values of those rules).
+
+    Raises:
+        UsageError: The runs must not share a table, or a label is unknown.
+    """
+    if not results:
+        raise UsageError("No finished run to compare. Name run folders that hold a result.json.")
+    check_varies(question.varies)
+    _check_comparable(results, question.varies)
+    rows = _rows(results)
+    baseline = question.baseline or results[0].label
+    for label in (baseline, *(label for pair in question.contrasts for label in pair)):
+        if label not in rows:
+            raise UsageError(f"No run is labelled {label!r}: {nearest(label, rows)}")
+    values = {
+        label: np.stack([result.values(question.measures) for result in group])  # (S, U, M)
+        for label, group in rows.items()
+    }
+    family = [(label, baseline) for label in rows if label != baseline]
+    differences = dict(zip(family, _compare_family(values, family, question), strict=True))
+    contrasts = _compare_family(values, question.contrasts, question)
+    first = results[0].record
+    record: dict[str, Any] = {
+        "title": question.title,
+        "question": question.text,
+        "baseline": baseline,
+        "measures": [str(measure) for measure in question.measures],
+        "data": first["data"],
+        "protocol": first["protocol"],
+        "cases": first["cases"],
+        "rows": [
+            {
+                "label": label,
+                "seeds": [result.seed for result in group],
+                "folders": [str(result.folder) for result in group],
+                "metrics": _means(values[label], question.measures),
+                "difference": differences.get((label, baseline)),
+                "cost": _mean_cost([result.record["cost"] for result in group]),
+            }
+            for label, group in rows.items()
+        ],
+        "contrasts": [
+            {"a": a, "b": b, "difference": difference}
+            for (a, b), difference in zip(question.contrasts, contrasts, strict=True)
+        ],
+    }
+    if question.varies:
+        _add_rules(record, rows, question.varies)
+    if question.slices:
+        _add_slices(record, rows, values, question.measures)
+    if question.beyond_accuracy:
+        _add_beyond_accuracy(record, rows)
+    if question.published:
+        record["published"] = _published(question.published, first)
+    return record
+
+
+def check_varies(rules: Sequence[str]) -> None:
+    """Refuse a name that is no rule which rows may differ in."""
+    for rule in rules:
+        if rule not in VARIABLE:
+            raise UsageError(
+                f"varies: {rule} is no rule that rows may differ in: {nearest(rule, VARIABLE)}"
+            )
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    """A run's value of every rule in `_SAME`."""
+    record, size = result.record, result.record["data"]["interactions"]
+    return {**record["protocol"], "interactions": size, "cases": record["cases"]["fingerprint"]}
+
+
+def _check_comparable(results: Sequence[Result], varies: Sequence[str]) -> None:
+    """Refuse runs whose numbers answer different questions."""
+    first = _settings(results[0])
+    # Another text of the same data is a fair comparison; so are fewer of its interactions, if asked
+    # for. Otherwise the interactions are the same number here.
+    by_template: dict[tuple[str, int], Result] = {}
+    for result in results:
+        other = _settings(result)
+        for key, what in _SAME.items():
+            if key not in varies and first.get(key) != other.get(key):
+                values = "" if key == "cases" else f" ({first.get(key)} and {other.get(key)})"
+                raise UsageError(
+                    f"{_called(results[0])} and {_called(result)} differ in {what}{values}, which "
+                    "is never mixed within one table. Compare them apart or run one of them again."
+                )
+        data = result.record["data"]
+        same_text = by_template.setdefault((data["template_sha256"], data["interactions"]), result)
+        if data["fingerprint"] != same_text.record["data"]["fingerprint"]:
+            raise UsageError(
+                f"The data changed between {_called(same_text)} and {_called(result)} (fingerprint "
+                f"{same_text.record['data']['fingerprint'][:12]} and {data['fingerprint'][:12]}). "
+                "Compare them apart or run one of them again."
+            )
+
+
+def _called(result: Result) -> str:
+    return str(result.folder or result.label)
+
+
+def _rows(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Runs by label, in the order given; each row's runs differ in seed alone."""
+    rows: dict[str, list[Result]] = {}
+    for result in results:
+        row = rows.setdefault(result.label, [])
+        for other in row:
+            if other.seed == result.seed:
+                raise UsageError(
+                    f"{_called(other)} and {_called(result)} are both {result.label} with seed "
+                    f"{result.seed}. Leave one out, or give it a --run.label of its own."
+                )
+            changed = differing(other.identity(), result.identity())
+            changed = [name for name in changed if name not in _ONE_ROW]
+            if changed:
+                raise UsageError(
+                    f"{_called(other)} and {_called(result)} are both labelled {result.label} but "
+                    f"differ in {', '.join(changed)}. Give one of them a --run.label of its own."
+                )
+        row.append(result)
+    return rows
+
+
+def _means(values: Float64, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
+    return {
+        str(measure): {"mean": i.mean, "low": i.low, "high": i.high}
+        for measure, i in zip(measures, bootstrap(values), strict=True)
+    }
+
+
+def _compare_family(
+    values: Mapping[str, Float64], pairs: Sequence[tuple[str, str]], question: Question
+) -> list[dict[str, dict[str, float]]]:
+    """Paired differences of pairs of rows; p is corrected over the pairs, per measure."""
+    if not pairs:
+        return []
+    compared = [compare(values[a], values[b]) for a, b in pairs]  # per pair, per measure
+    adjusted = np.stack(
+        [holm(np.array(ps)) for ps in zip(*([c.p for c in row] for row in compared), strict=True)]
+    )  # (M, pairs)
+    return [
+        {
+            str(measure): {
+                "difference": c.difference,
+                "low": c.low,
+                "high": c.high,
+                "p": c.p,
+                "p_holm": float(adjusted[m, pair]),
+            }
+            for m, (measure, c) in enumerate(zip(question.measures, row, strict=True))
+        }
+        for pair, row in enumerate(compared)
+    ]
+
+
+def _mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Each entry's mean over the row's seeds; one that a run does not have is left out."""
+    shared = [name for name in costs[0] if all(isinstance(c.get(name), int | float) for c in costs)]
+    return {name: float(np.mean([cost[name] for cost in costs])) for name in shared}
+
+
+def _add_rules(
+    record: dict[str, Any], rows: Mapping[str, Sequence[Result]], varies: Sequence[str]
+) -> None:
+    """Which of the rules do differ, and each row's values of them."""
+    settings = {label: _settings(group[0]) for label, group in rows.items()}
+    differ = [rule for rule in varies if len({str(s[rule]) for s in settings.values()}) > 1]
+    record["varies"] = differ
+    for row in record["rows"]:
+        row["protocol"] = {rule: settings[row["label"]][rule] for rule in differ}
+
+
+def _add_slices(
+    record: dict[str, Any],
+    rows: Mapping[str, Sequence[Result]],
+    values: Mapping[str, Float64],
+    measures: Sequence[Measure],
+) -> None:
+    """Every row's slices, cut by what the baseline's first run knows of the cases."""
+    per_user = rows[record["baseline"]][0].per_user
+    columns = {name: family.column for name, family in FAMILIES.items()}
+    known = [column for column in columns.values() if column in per_user.columns]
+    facts = {column: per_user.get_column(column).to_numpy() for column in known}
+    names = list(map(str, measures))
+    for row in record["rows"]:
+        label = row["label"]
+        other = None if label == record["baseline"] else values[record["baseline"]]
+        row["slices"] = slice_table(facts, values[label], other, names)
+    unknown = [name for name, column in columns.items() if column not in known]
+    record["slices"] = {"families": list(record["rows"][0]["slices"]), "unknown": unknown}
+
+
+def _add_beyond_accuracy(record: dict[str, Any], rows: Mapping[str, Sequence[Result]]) -> None:
+    """Every row's means over its seeds; None where a run has no such numbers."""
+    cutoffs: dict[int, Result] = {}
+    for row in record["rows"]:
+        group = rows[row["label"]]
+        found = [result.record.get("beyond_accuracy") for result in group]
+        row["beyond_accuracy"] = _over_seeds(found) if all(found) else None
+        cutoffs |= {f["cutoff"]: result for f, result in zip(found, group, strict=True) if f}
+    if len(cutoffs) > 1:
+        (a, one), (b, other), *_ = cutoffs.items()
+        raise UsageError(
+            f"{_called(one)} keeps {a} items per user and {_called(other)} {b}, so their lists "
+            "cannot be compared. Run them with one evaluation.top_k, or leave beyond accuracy out."
+        )
+    record["beyond_accuracy"] = {"cutoff": next(iter(cutoffs), None)}
+
+
+def _over_seeds(found: Sequence[Any]) -> dict[str, dict[str, float | None] | None]:
+    """Mean of each measure over seeds and their standard deviation, None for one seed."""
+    means: dict[str, dict[str, float | None] | None] = {}
+    for name in BEYOND:
+        values = [f[name]["mean"] if isinstance(f.get(name), dict) else f.get(name) for f in found]
+        if any(value is None for value in values):
+            means[name] = None  # such as the likeness of items without text
+            continue
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        means[name] = {"mean": float(np.mean(values)), "sd": spread}
+    return means
+
+
+def _published(files: Sequence[Published], first: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the files that speak of the same data and rules; why the others are left out."""
+    shown: dict[str, Any] = {"rows": [], "notes": [], "left_out": []}
+    for file in files:
+        refusal = file.refusal(first["data"], first["protocol"])
+        if refusal:
+            shown["left_out"].append({"file": file.name, "because": refusal})
+        else:
+            shown["rows"] += [dict(row, file=file.name) for row in file.rows]
+            shown["notes"] += [file.note] if file.note else []
+    return shown
