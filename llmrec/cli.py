@@ -17,6 +17,10 @@ VERBS = {
     "evaluate": ("llmrec.evaluation.suite", "run a suite: several recommenders, one table"),
     "compare": ("llmrec.reporting.tables", "print the paired table of finished runs"),
     "data prepare": ("llmrec.data.prepared", "read a data set once, for any number of runs"),
+    "data audit": (
+        "llmrec.data.audit.command",
+        "look for what would mislead an evaluation on a data set",
+    ),
 }
 """verb -> (module with ``main(argv) -> int``, one line of help)."""
 
@@ -53,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for length in (1, 2):
         verb = " ".join(words[:length])
         if verb in VERBS:
-            return int(import_module(VERBS[verb][0]).main(words[length:]))
+            try:
+                module = import_module(VERBS[verb][0])
+            except KeyboardInterrupt:  # these imports take seconds
+                return 130
+            return int(module.main(words[length:]))
     # No verb yet: the first word of some verbs of two words stands for all of those.
     group = {verb: VERBS[verb] for verb in VERBS if words and verb.startswith(words[0] + " ")}
     listing, rest = (_listing(group), words[1:]) if group else (HELP, words)

@@ -38,6 +38,7 @@ class EpochLog:
         select: str,
         console: Console,
         tensorboard: bool,
+        data: str,
         kept: int = 0,
     ) -> None:
         """Start the journal of a stage, or go on after its first `kept` epochs.
@@ -48,9 +49,11 @@ class EpochLog:
             select: the validation measure.
             console: where a line per epoch goes.
             tensorboard: whether curves are written too.
+            data: fingerprint of the data, for every line of the journal.
             kept: epochs that a resumed run has behind it.
         """
-        self.stage, self.select, self.console, self.curves = stage, select, console, None
+        self.stage, self.select, self.console, self.data = stage, select, console, data
+        self.curves = None
         if console.quiet:
             return
         self.journal = Journal(folder / f"{stage}-{JOURNAL}", kept)
@@ -66,7 +69,7 @@ class EpochLog:
         numbers = {"loss": loss, "lr": lr}
         if not math.isnan(score):
             numbers[self.select] = score
-        self.journal.add(epoch=epoch, seconds=seconds, **numbers)
+        self.journal.add(epoch=epoch, seconds=seconds, **numbers, data=self.data)
         shown = "" if math.isnan(score) else f", valid {self.select} {score:.4f}"
         self.console.print(f"  {self.stage} epoch {epoch}: loss {loss:.4f}{shown}, {seconds:.1f} s")
         if self.curves:

@@ -342,9 +342,9 @@ def fit(
     config, accelerator, folder = task.config, task.accelerator, task.folder
     learner = start_stage(task, encoded, train_end, "refit" if refit_epochs else "fit")
     stage, model, progress = learner.stage, learner.model, learner.progress
-    kept = progress.epoch - 1
-    select = config.run.select
-    log = EpochLog(folder, stage, select, task.console, config.run.tensorboard, kept)
+    select, tensorboard = config.run.select, config.run.tensorboard
+    data, kept = task.identity["data fingerprint"], progress.epoch - 1
+    log = EpochLog(folder, stage, select, task.console, tensorboard, data, kept)
     while not progress.finished:
         loss = train_epoch(task, learner)
         score = math.nan

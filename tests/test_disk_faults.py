@@ -242,7 +242,7 @@ def test_curves_that_cannot_be_written_are_one_sentence(tmp_path: Path) -> None:
     quiet = Console(file=io.StringIO())
 
     def work() -> None:
-        log = EpochLog(tmp_path, "fit", "NDCG@10", quiet, tensorboard=True)
+        log = EpochLog(tmp_path, "fit", "NDCG@10", quiet, tensorboard=True, data="")
         for epoch in range(1, 2000):
             log.journal.path.write_bytes(b"")  # it is the curves that grow
             log.add(epoch, 0.1, 0.5, 0.1, 0.2)

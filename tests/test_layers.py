@@ -30,7 +30,7 @@ LAYERS = [  # 0 first; a name covers the modules below it
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 NO_TORCH = (
-    r"data\.(interactions|readers|prepared|splits)(\..*)?|evaluation\.(metrics|significance)|"
+    r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|evaluation\.(metrics|significance)|"
     r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it
