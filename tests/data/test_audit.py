@@ -372,7 +372,8 @@ def test_targets_left_out_as_cold_are_counted() -> None:
     cut = split(data, SplitConfig(method="temporal"))
     left_out = sum(cut.counts[f"{part}_dropped_cold"] for part in ("valid", "test"))
     found = cold_targets(data, cut)
-    assert left_out and found.count == left_out
+    kept = sum(cut.counts[f"{part}_targets_cold"] for part in ("valid", "test"))
+    assert left_out and found.count == left_out + kept
     assert found.of == len(cut.valid) + len(cut.test) + left_out
     assert f"{left_out} of them left out as cold" in found.found
 
