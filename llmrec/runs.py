@@ -25,16 +25,18 @@ from llmrec.errors import UsageError
 
 RESULT, CONFIG, JOURNAL, CHECKPOINTS = "result.json", "config.yaml", "journal.jsonl", "checkpoints"
 MANIFEST = "manifest.json"
+CARD = "card.md"
 NEW = ".config.new"
 """The config of a run that is about to begin."""
 LEFTOVERS = (
     RESULT,
     "*.parquet",
-    "card.md",
+    CARD,
     f"*{JOURNAL}",
     CHECKPOINTS,
     "events.out.tfevents.*",
     ".*.parquet.*",
+    f".{CARD}.*",
     ".*.json*",
     ".*.yaml.*",
     ".*.discarded",

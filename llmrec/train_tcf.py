@@ -41,7 +41,7 @@ from llmrec.encoders.store import Encoded, encode_catalog
 from llmrec.encoders.text import EncoderConfig
 from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features
 from llmrec.errors import UsageError, exit_code
-from llmrec.evaluation.card import CARD, run_card
+from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.ranking import EvaluationConfig, UserVectors, rank
 from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
@@ -579,11 +579,16 @@ def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> No
         filter_seen=str(config.evaluation.filter_seen).lower(),
         fit_on=config.run.fit_on,
         selection=config.run.select if "valid" in rankings else "none",
+        processes=task.accelerator.num_processes,
+        device=task.accelerator.device.type,
+        precision={"no": "fp32"}.get(
+            task.accelerator.mixed_precision, task.accelerator.mixed_precision
+        ),
         cost=cost | {"peak_memory_bytes": peak},
     )
-    result = build_result(facts, task.dataset, task.split, rankings)
-    record = write_result(task.folder, result)
-    write_atomically(task.folder / CARD, run_card(record).encode())
+    learned = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
+    result = build_result(facts, task.dataset, task.split, rankings, learned_end=learned)
+    record = write_result(task.folder, result, run_card)
     checkpoints.finish_checkpoints(task.folder)
     test = record["metrics"]["test"]
     shown = ", ".join(f"{name} {test[name]['mean']:.4f}" for name in ("HR@10", "NDCG@10"))

@@ -8,7 +8,6 @@ from typing import Any
 from llmrec.evaluation.result import flatten
 from llmrec.runs import CONFIG
 
-CARD = "card.md"
 SHOWN = ("HR@1", "HR@5", "HR@10", "HR@20", "NDCG@10", "MRR@10", "AUC")
 """Measures on the card; the others are in result.json."""
 BEYOND = {

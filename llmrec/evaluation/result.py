@@ -8,7 +8,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from llmrec import runs
-from llmrec.data.interactions import Dataset, Int32, Split
+from llmrec.data.interactions import Dataset, Int32, Int64, Split
 from llmrec.data.splits import training_counts
 from llmrec.errors import UsageError
 from llmrec.evaluation.beyond import CUTOFF, beyond_accuracy, reference_space
@@ -55,6 +55,10 @@ class RunFacts:
     """train or train+valid."""
     selection: str
     """The validation measure the checkpoint was chosen by; ``none`` for models without training."""
+    processes: int = 1
+    device: str = "cpu"
+    precision: str = "fp32"
+    """The number format, resolved."""
     cost: Mapping[str, float | int | None] = field(default_factory=dict)
     """train_seconds, encode_seconds, trainable_parameters, flops, peak_memory_bytes and others."""
 
@@ -151,6 +155,7 @@ def build_result(
     split: Split,
     rankings: Mapping[str, Ranking],
     measures: Sequence[Measure] = MEASURES,
+    learned_end: Int64 | None = None,
 ) -> Result:
     """Turn rankings into the numbers that are kept.
 
@@ -160,6 +165,8 @@ def build_result(
         split: The cases and candidates that were ranked.
         rankings: "test", and "valid" where there was one, each in case order.
         measures: Columns of ``per_user.parquet`` and entries of ``metrics``.
+        learned_end: Where each user's part that was learned from ends, (U,), if not at the split's
+            ``train_end``: after a refit on validation too.
 
     Raises:
         UsageError: There is no test case.
@@ -174,14 +181,16 @@ def build_result(
             "The split has no test case. Lower the least number of interactions per user, or "
             "choose other cuts in time."
         )
-    per_user = _per_user(dataset, split, rankings["test"], measures)
+    learned = split.train_end if learned_end is None else learned_end
+    popularity = training_counts(dataset.interactions, learned, dataset.item_count)
+    per_user = _per_user(dataset, split, rankings["test"], popularity, measures)
     record: dict[str, Any] = {
         "format": FORMAT,
         "name": facts.name,
         "label": facts.label,
         "seed": facts.seed,
         "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
-        "beyond_accuracy": _beyond_accuracy(dataset, split, rankings["test"]),
+        "beyond_accuracy": _beyond_accuracy(dataset, split, rankings["test"], popularity),
         "protocol": _protocol(facts, dataset, split),
         "data": _data(facts, dataset, split),
         "cases": {"count": len(split.test), "fingerprint": _fingerprint(per_user)},
@@ -192,13 +201,23 @@ def build_result(
             "platform": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cpu_count": os.cpu_count(),
+            "processes": facts.processes,
+            "device": facts.device,
+            "precision": facts.precision,
         },
     }
     return Result(json.loads(json.dumps(record)), per_user)
 
 
-def write_result(folder: Path, result: Result) -> dict[str, Any]:
-    """Write both files, each in one step; ``result.json`` last, so that it vouches for both.
+def write_result(
+    folder: Path, result: Result, card: Callable[[Mapping[str, Any]], str] | None = None
+) -> dict[str, Any]:
+    """Write the files, each in one step; ``result.json`` last, so that it vouches for the others.
+
+    Args:
+        folder: The run folder.
+        result: What to write.
+        card: Makes ``card.md`` of what ``result.json`` will hold; None writes no card.
 
     Returns:
         What ``result.json`` holds.
@@ -208,6 +227,8 @@ def write_result(folder: Path, result: Result) -> dict[str, Any]:
     data = buffer.getvalue()
     runs.write_atomically(folder / PER_USER, data)
     record = {**result.record, "per_user_sha256": hashlib.sha256(data).hexdigest()}
+    if card is not None:
+        runs.write_atomically(folder / runs.CARD, card(record).encode())
     runs.write_json(folder / runs.RESULT, record)
     return record
 
@@ -268,13 +289,16 @@ _REQUIRED = {
 
 
 def _per_user(
-    dataset: Dataset, split: Split, ranking: Ranking, measures: Sequence[Measure]
+    dataset: Dataset,
+    split: Split,
+    ranking: Ranking,
+    popularity: Int64,
+    measures: Sequence[Measure],
 ) -> pl.DataFrame:
     """One line per test case, in case order."""
     items = dataset.interactions.items
     targets = items[split.test.target]
     values = measure_matrix(ranking, measures)
-    popularity = training_counts(dataset.interactions, split.train_end, dataset.item_count)
     columns: dict[str, Any] = {
         "user_id": [dataset.user_ids[user] for user in split.test.user],
         "target_item_id": [dataset.catalog.ids[target - 1] for target in targets],
@@ -295,11 +319,13 @@ def _external_ids(dataset: Dataset, top_items: Int32) -> list[list[str]]:
     return [[ids[item] for item in items if item] for items in top_items.tolist()]
 
 
-def _beyond_accuracy(dataset: Dataset, split: Split, ranking: Ranking) -> dict[str, Any]:
+def _beyond_accuracy(
+    dataset: Dataset, split: Split, ranking: Ranking, popularity: Int64
+) -> dict[str, Any]:
     """Beside accuracy, at K = 10 or as many items as were kept."""
     return beyond_accuracy(
         ranking.top_items,
-        training_counts(dataset.interactions, split.train_end, dataset.item_count),
+        popularity,
         split.test_candidates,
         dataset.interactions,
         split.test,
@@ -329,7 +355,8 @@ def _protocol(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]
         "filter_seen": facts.filter_seen,
         "ties": "averaged",
         "selection": facts.selection,
-        "interval": "95 % bootstrap over users, 2000 resamples",
+        "interval": "95 % bootstrap over users, 2000 resamples, seed 0",
+        "test": "paired sign flips, 10000, seed 0",
     }
 
 

@@ -114,16 +114,24 @@ def read_suite(path: Path) -> Suite:
     for key in content:
         if key not in _KEYS:
             raise UsageError(f"{path} has an unknown key {key}: {nearest(str(key), _KEYS)}")
-    rows = {str(label): flatten(options or {}) for label, options in content["rows"].items()}
+    rows = {
+        str(label): flatten(_mapping(path, f"rows.{label}", options))
+        for label, options in content["rows"].items()
+    }
+    if not rows:
+        raise UsageError(f"{path} has no rows. Compare it with eval/quickstart.yaml.")
+    measures = content.get("measures", list(DEFAULT_MEASURES))
+    if not isinstance(measures, list) or not measures:
+        raise UsageError(f"{path}: measures must be a list of names, such as [HR@10, NDCG@10].")
     suite = Suite(
         rows=rows,
         out=Path(content.get("out") or f"runs/{path.stem}"),
         baseline=str(content.get("baseline") or next(iter(rows), "")),
         title=str(content.get("title", "")),
         question=str(content.get("question", "")),
-        measures=[Measure.parse(str(m)) for m in content.get("measures", DEFAULT_MEASURES)],
+        measures=[Measure.parse(str(measure)) for measure in measures],
         contrasts=_pairs(path, content.get("contrasts", [])),
-        base=flatten(content.get("base") or {}),
+        base=flatten(_mapping(path, "base", content.get("base"))),
         seeds=_seeds(path, content.get("seeds", [0])),
         table=_file_name(path, content.get("table", "table")),
         slices=_flag(path, content, "slices"),
@@ -221,6 +229,12 @@ def _pairs(path: Path, contrasts: Any) -> list[tuple[str, str]]:
     ):
         raise UsageError(f"{path}: contrasts must be pairs of labels, such as [[A, B]].")
     return [(str(a), str(b)) for a, b in contrasts]
+
+
+def _mapping(path: Path, key: str, options: Any) -> Options:
+    if not isinstance(options or {}, dict):
+        raise UsageError(f"{path}: {key} must be options of the train command, not {options!r}.")
+    return options or {}
 
 
 def _flag(path: Path, content: Options, key: str) -> bool:
@@ -347,15 +361,7 @@ def _train(cell: Cell, anew: bool) -> str:
         return str(error)
     except SystemExit as error:
         return f"exit code {error.code}" if error.code else ""
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        OSError,
-        MemoryError,
-        ArithmeticError,
-    ):
+    except Exception:
         return traceback.format_exc()  # one cell's crash must not cost the others
     return f"exit code {code}" if code else ""
 
@@ -413,6 +419,8 @@ def _report(suite: Suite, results: Sequence[Result], failed: Sequence[str], out:
     )
     record = build_table(results, question)
     record["failed"] = list(failed)
+    lost = [pair for pair in suite.contrasts if not labels.issuperset(pair)]
+    record["contrasts_lost"] = [f"{a} - {b}" for a, b in lost]
     print_table(record, out)
     table = suite.out / f"{suite.table}.md"
     write_files(record, table, table.with_suffix(".json"))

@@ -94,6 +94,7 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
         "data": first["data"],
         "protocol": first["protocol"],
         "cases": first["cases"],
+        "versions": sorted({_made_with(result) for result in results}),
         "rows": [
             {
                 "label": label,
@@ -119,6 +120,11 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     if question.published:
         record["published"] = _published(question.published, first)
     return record
+
+
+def _made_with(result: Result) -> str:
+    versions = result.record.get("versions", {})
+    return ", ".join(f"{name} {versions.get(name, '?')}" for name in ("llmrec", "torch"))
 
 
 def check_varies(rules: Sequence[str]) -> None:
@@ -149,7 +155,8 @@ def _check_comparable(results: Sequence[Result], varies: Sequence[str]) -> None:
                 values = "" if key == "cases" else f" ({first.get(key)} and {other.get(key)})"
                 raise UsageError(
                     f"{_called(results[0])} and {_called(result)} differ in {what}{values}, which "
-                    "is never mixed within one table. Compare them apart or run one of them again."
+                    "is never mixed within one table unasked. Compare them apart, run one of them "
+                    f"again{', or name it in varies' if key in VARIABLE else ''}."
                 )
         data = result.record["data"]
         same_text = by_template.setdefault((data["template_sha256"], data["interactions"]), result)
@@ -252,8 +259,24 @@ def _add_slices(
         label = row["label"]
         other = None if label == record["baseline"] else values[record["baseline"]]
         row["slices"] = slice_table(facts, values[label], other, names)
+    _correct_over_rows(record["rows"], names)
     unknown = [name for name, column in columns.items() if column not in known]
     record["slices"] = {"families": list(record["rows"][0]["slices"]), "unknown": unknown}
+
+
+def _correct_over_rows(rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> None:
+    """Holm over all tested slices of all rows, per family and measure: what one table shows."""
+    for family in rows[0]["slices"]:
+        cells = [
+            cell["difference"]
+            for row in rows
+            for cell in row["slices"][family]
+            if cell["tested"] and cell["difference"] is not None
+        ]
+        for measure in measures:
+            adjusted = holm(np.array([cell[measure]["p"] for cell in cells]))
+            for cell, p in zip(cells, adjusted, strict=True):
+                cell[measure]["p_holm"] = float(p)
 
 
 def _add_beyond_accuracy(record: dict[str, Any], rows: Mapping[str, Sequence[Result]]) -> None:

@@ -254,6 +254,14 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"permutation, Holm-corrected over the rows; * p < {ALPHA}. "
         "Bold: the best, where its difference to the baseline has a *.",
     ]
+    if record.get("failed"):
+        notes.append(
+            f"Failed and not in the table: {'; '.join(record['failed'])}. Run the suite again."
+        )
+    if record.get("contrasts_lost"):
+        notes.append(f"Contrasts lost with them: {'; '.join(record['contrasts_lost'])}.")
+    if len(record["versions"]) > 1:
+        notes.append(f"Made with different versions: {'; '.join(record['versions'])}.")
     if varies:
         notes.append(
             f"These rows differ in {' and '.join(varies)} on purpose: the differences are those of "

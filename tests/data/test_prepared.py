@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_runs
 
+from llmrec import train_tcf
 from llmrec.data import prepared
 from llmrec.data.interactions import Dataset
 from llmrec.data.readers import DataConfig, load_dataset
@@ -317,6 +318,7 @@ def test_the_files_that_were_read_are_on_record(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 import numpy as np
+from llmrec import train_tcf
 from llmrec.data import prepared
 
 module, name, calls = {"save": np, "fsync": os, "rename": os}, sys.argv[1], int(sys.argv[2])
@@ -361,6 +363,35 @@ def test_a_run_on_prepared_data_gives_the_source_s_numbers(tmp_path: Path) -> No
     assert one["data"]["fingerprint"] == other["data"]["fingerprint"]
     assert "prepared_with" not in one["data"]
     assert other["data"]["prepared_with"]["simulated"]["users"] == 61
+
+
+def test_a_run_records_the_options_that_its_data_were_prepared_with(tmp_path: Path) -> None:
+    config = DataConfig(simulated=SMALL, min_user_interactions=7)
+    folder = write(tmp_path / "shop", config)
+    argv = [f"--run.folder={tmp_path / 'run'}", "--model.name=random", f"--data.source={folder}"]
+    assert train_tcf.main(argv) == 0
+    held = small_runs.record(tmp_path / "run")["config"]["data"]
+    assert held == asdict(config) | {"source": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--data.min_user_interactions=5", "data.min_user_interactions=5 but"),  # the default
+        ("--data.max_user_interactions=all", "data.max_user_interactions=all but"),
+        ("--data.simulated.users=3000", "data.simulated.users=3000 but"),
+    ],
+)
+def test_a_named_default_that_disagrees_is_refused_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, said: str
+) -> None:
+    config = DataConfig(simulated=SMALL, min_user_interactions=7, max_user_interactions=30)
+    folder = write(tmp_path / "shop", config)
+    argv = [f"--run.folder={tmp_path / 'run'}", "--model.name=random", f"--data.source={folder}"]
+    assert train_tcf.main([*argv, option]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and "Leave it out" in shown
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.real_data

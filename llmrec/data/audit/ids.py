@@ -32,13 +32,15 @@ def id_orders(ids: list[str]) -> dict[str, Int64]:
 
 
 def ids_in_texts(data: Dataset, cut: Split) -> Finding:
-    """Items whose own external id, of 4 characters or more, stands in their text as a word.
+    """Items whose own external id stands in their text as a word.
 
     Chance is what dealing the texts out anew among the items would give: item 1995 and a film of
     1995 may meet.
     """
     catalog = data.catalog
-    judged = [row for row, name in enumerate(catalog.ids) if len(name) >= 4 and catalog.texts[row]]
+    judged = [row for row, name in enumerate(catalog.ids) if name and catalog.texts[row]]
+    if not judged:
+        return Finding("ids in texts", "skipped", "no item has a text")
     rows = [
         row
         for row in judged
@@ -137,15 +139,26 @@ def _appears_in_order(places: Int64) -> int:
     return int((np.diff(appeared) == 1).sum())
 
 
+def _first_met(data: Dataset, times: Int64) -> Int64:
+    """When each item was first met, (N,)."""
+    first = np.full(data.item_count + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, data.interactions.items, times)
+    return first[1:]
+
+
+def ids_grow_with_time(data: Dataset) -> bool:
+    """Whether items with larger ids were, by and large, first met later."""
+    times = data.interactions.timestamps
+    return times is not None and _rank_correlation(_first_met(data, times)) > 0.95
+
+
 def numbered_in_time(data: Dataset, cut: Split) -> Finding:
     """Rank correlation of the order of ids with first appearance in time, of users and items."""
     name, times = "numbered in time", data.interactions.timestamps
     if times is None:
         return Finding(name, "skipped", NO_TIMES)
     of_users = _rank_correlation(times[data.interactions.offsets[:-1]])
-    first = np.full(data.item_count + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, data.interactions.items, times)
-    of_items = _rank_correlation(first[1:])
+    of_items = _rank_correlation(_first_met(data, times))
     found = f"the order of ids correlates with time: users {of_users:+.2f}, items {of_items:+.2f}"
     known = min(data.item_count, data.interactions.user_count) >= 20
     if not known or max(abs(of_users), abs(of_items)) < 0.5:

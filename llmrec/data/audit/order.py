@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrec.data.audit.findings import NO_TIMES, Finding, Verdict, beyond_chance, counted, grade
-from llmrec.data.audit.ids import id_orders
+from llmrec.data.audit.ids import id_orders, ids_grow_with_time
 from llmrec.data.interactions import Dataset, Int64, Split
 
 
@@ -28,15 +28,16 @@ def sorted_sequences(data: Dataset, cut: Split) -> Finding:
     """Users whose whole sequence stands in the order of the item ids, against chance.
 
     Judged are users whose sequence would be sorted by accident in at most 1 of 100 cases, which is
-    5 different items. Where timestamps without many ties say that this is the order, ids grow with
-    time, and that is a note. Elsewhere an order was lost, or ids grow with time here too: the data
-    alone cannot tell.
+    5 different items. Where timestamps without many ties say that this is the order, and items with
+    larger ids were first met later, ids grow with time, and that is a note. Elsewhere an order was
+    lost, or ids grow with time here too: the data alone cannot tell.
     """
     users = data.interactions.users().astype(np.int64)
     found = _most_sorted(data, users, 0.01)
     example = data.user_ids[found.groups[0]] if len(found.groups) else None
     timed = data.order == "timestamp"
-    if timed and data.counts["interactions_tied_in_order"] < 0.5 * data.counts["interactions_read"]:
+    few_ties = data.counts["interactions_tied_in_order"] < 0.5 * data.counts["interactions_read"]
+    if timed and few_ties and ids_grow_with_time(data):
         remedy = "ids grow with time: let no model read them as numbers"
         finding = _sortedness("sorted sequences", found, "users' sequences", remedy, example)
         return finding if finding.verdict == "ok" else replace(finding, verdict="note")
