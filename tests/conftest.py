@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
     """`figure("kills survived", "50 of 50")`: what a test measured, printed after the session."""
-    return lambda name, value: record_property(f"figure: {name}", value)
+    return lambda name, value: record_property(f"figure: {name}", str(value))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
