@@ -173,6 +173,12 @@ def test_refitting_trains_on_validation_too_for_the_selected_epochs(finished, tm
     check_folder(checkpoint(refitted, "refit"), "")
 
 
+def test_slices_of_a_refit_count_what_it_learned_from(finished, tmp_path):
+    refitted = train(tmp_path / "refit", run__fit_on="train+valid")
+    before, after = (per_user(f)["target_train_count"].sum() for f in (finished, refitted))
+    assert after > before  # some validation targets are others' test targets
+
+
 def test_a_refit_has_no_validation_score_in_its_journal(tmp_path):
     refitted = train(tmp_path / "refit", run__fit_on="train+valid")
     assert all("NDCG@10" in entry for entry in journal(refitted))

@@ -114,7 +114,7 @@ def slice_table(
 
     Comparable under the same conditions as the overall means; slices of one family differ in
     difficulty, so read a slice across rows, not a row across slices. p is Holm-corrected over the
-    tested slices of its family, per measure; not over families and rows.
+    tested slices of its family, per measure; a table corrects over its rows as well.
 
     Args:
         facts: As from `case_facts`, (C,) each.

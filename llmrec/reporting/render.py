@@ -299,7 +299,7 @@ def _slice_notes(record: Mapping[str, Any]) -> list[str]:
     telling, slices = _telling_families(record), record["rows"][0]["slices"]
     notes = [
         f"Slices: means of the cases in each; * p < {ALPHA} against {record['baseline']}, "
-        "Holm-corrected over the slices of one row and table, not over rows and tables; (in "
+        "Holm-corrected over all rows and slices of one table, not over tables; (in "
         f"parentheses): fewer than {MIN_CASES} cases, not tested; -: none. Slices differ in "
         "difficulty: read down a column."
     ]

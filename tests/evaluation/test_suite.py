@@ -232,6 +232,8 @@ def test_a_failed_cell_is_shown_and_the_rest_goes_on(suite, trained, capsys, tmp
     assert f"{bad}, seed 0 failed" in shown
     assert f"Failed and not in the table: {bad}, seed 0" in shown
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == 2
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert f"Failed and not in the table: {bad}, seed 0" in written
 
 
 def test_without_its_baseline_there_is_no_table(suite, trained, capsys):
@@ -246,6 +248,11 @@ def test_without_its_baseline_there_is_no_table(suite, trained, capsys):
         ({"titel": "x"}, [], "unknown key titel: did you mean title?"),
         ({"baseline": "IDD"}, [], "did you mean ID?"),
         ({"rows": None}, [], "has no rows"),
+        ({"rows": {}}, [], "has no rows"),
+        ({"rows": {"ID": 3}}, [], "rows.ID must be options of the train command, not 3"),
+        ({"base": ["x"]}, [], "base must be options of the train command"),
+        ({"measures": "HR@10"}, [], "measures must be a list of names"),
+        ({"measures": []}, [], "measures must be a list of names"),
         ({"rows": {"ID": {}, "a b": {}, "a/b": {}}, "contrasts": []}, [], "share the folder"),
         ({"seeds": [0, 0]}, [], "distinct whole numbers"),
         ({"seeds": 3}, [], "distinct whole numbers"),

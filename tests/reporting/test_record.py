@@ -14,6 +14,7 @@ HIT, MISS = 0, 10
 """Candidates before the target: none, so it is in the top 10; ten, so it is not."""
 # 40 cold targets, 50 trained on 7 times, 5 trained on 200 times.
 FACTS = {"target_train_count": [0] * 40 + [7] * 50 + [200] * 5}
+FACTS_OF_400 = {"target_train_count": [7] * 200 + [200] * 200}
 IDS = run("ID", places=[MISS] * 40 + [HIT] * 20 + [MISS] * 30 + [HIT] * 4 + [MISS], facts=FACTS)
 TEXT = run("text", places=[HIT] * 20 + [MISS] * 20 + [HIT] * 20 + [MISS] * 30 + [HIT] + [MISS] * 4)
 
@@ -22,6 +23,22 @@ def sliced(record, label):
     """The slices of one row by target popularity, by name."""
     row = next(row for row in record["rows"] if row["label"] == label)
     return {part["slice"]: part for part in row["slices"]["target popularity"]}
+
+
+def test_slices_are_corrected_over_all_rows_and_slices_of_a_table():
+    other = run("other", places=[row % 40 for row in range(400)], facts=FACTS_OF_400)
+    ids = run("ID", places=[(row * 7) % 40 for row in range(400)], facts=FACTS_OF_400)
+    third = run("third", places=[(row * 3) % 60 for row in range(400)], facts=FACTS_OF_400)
+    record = build_table([ids, other, third], Question("ID", HR10, slices=True))
+    cells = [
+        part["difference"]["HR@10"]
+        for row in record["rows"][1:]
+        for part in row["slices"]["target popularity"]
+        if part["tested"]
+    ]
+    assert len(cells) == 2 * 2  # two rows, two slices of 200 cases
+    smallest = min(cells, key=lambda cell: cell["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 4 * smallest["p"]))
 
 
 def test_slices_hold_the_means_that_counting_gives():
