@@ -247,9 +247,11 @@ class TextEncoder:
     def _probe(self) -> bool:
         """Read one text of the greatest length; whether a final norm (or projection) changed it."""
         length = self.config.max_item_tokens
-        ids = np.resize(np.asarray(self._tokenize(["a"])[0], dtype=np.int64), (1, length))
+        ids = np.resize(np.asarray(self.tokenize(["a"])[0], dtype=np.int64), (1, length))
+        text = torch.from_numpy(ids).to(self.device)
         try:
-            states = self._states(ids, np.ones((1, length), bool), final=True)
+            with torch.inference_mode():
+                states = self._states(text, torch.ones_like(text, dtype=torch.bool), final=True)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             raise UsageError(
                 f"encoder.model={self.config.model} cannot read a text of {length} tokens alone "
@@ -291,7 +293,7 @@ class TextEncoder:
             UsageError: No text, a value that is not finite, or one vector for different tokens.
         """
         filled = [row for row, text in enumerate(texts) if text]
-        tokens = self._tokenize([texts[row] for row in filled])
+        tokens = self.tokenize([texts[row] for row in filled])
         lengths = np.zeros(len(texts), np.int32)
         lengths[filled] = [len(ids) for ids in tokens]
         vectors: NDArray[np.float32] | None = None
@@ -302,8 +304,8 @@ class TextEncoder:
             for row, place in enumerate(batch):
                 ids[row, : len(tokens[place])] = tokens[place]
                 real[row, : len(tokens[place])] = True
-            states = self._states(ids, real, self.config.final_norm)
-            pooled = self._pool(states, torch.from_numpy(real).to(self.device))
+            with torch.inference_mode():
+                pooled = self.read(*(torch.from_numpy(a).to(self.device) for a in (ids, real)))
             if vectors is None:
                 vectors = np.zeros((len(texts), pooled.shape[1]), np.float32)
             vectors[[filled[place] for place in batch]] = pooled.cpu().numpy()
@@ -326,7 +328,8 @@ class TextEncoder:
             )
         return vectors, lengths
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, special tokens included, at least one each."""
         if not texts:
             return []
         tokens: list[list[int]] = self.tokenizer(
@@ -338,13 +341,23 @@ class TextEncoder:
         )["input_ids"]
         return [ids or [self.tokenizer.unk_token_id or 0] for ids in tokens]
 
-    @torch.inference_mode()
-    def _states(self, ids: NDArray[np.int64], real: NDArray[np.bool_], final: bool) -> Tensor:
+    def read(self, ids: Tensor, real: Tensor) -> Tensor:
+        """Vectors of texts given as tokens, with gradients where any are wanted.
+
+        Args:
+            ids: (B, T) token ids, padded on the right.
+            real: (B, T) bool, False where padded.
+
+        Returns:
+            (B, H) float32.
+        """
+        vectors = self._pool(self._states(ids, real, self.config.final_norm), real)
+        self._raw = None  # with it, a whole step's graph would stay
+        return vectors
+
+    def _states(self, ids: Tensor, real: Tensor, final: bool) -> Tensor:
         """Token states of the last layer that runs, (B, T, H), with or without the final norm."""
-        output = self.model(
-            input_ids=torch.from_numpy(ids).to(self.device),
-            attention_mask=None if real.all() else torch.from_numpy(real).to(self.device),
-        )
+        output = self.model(input_ids=ids, attention_mask=None if real.all() else real)
         states: Tensor | None = output.last_hidden_state if final else self._raw
         assert states is not None
         return states
