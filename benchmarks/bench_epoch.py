@@ -27,7 +27,8 @@ from llmrec.encoders.store import Encoded
 from llmrec.encoders.tower import TowerConfig
 from llmrec.models.losses import LossConfig
 from llmrec.models.sasrec import UserModelConfig
-from llmrec.train_tcf import Task, TrainConfig, start_stage, train_epoch
+from llmrec.assembly import TrainConfig
+from llmrec.train_tcf import Task, start_stage, train_epoch
 
 MODEL = UserModelConfig(width=64, blocks=2, heads=1, dropout=0.2, max_length=50)
 TURNS = 5

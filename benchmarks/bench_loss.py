@@ -54,7 +54,9 @@ def in_batch(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     rows = torch.arange(users).repeat_interleave(LENGTH)
     inputs = targets.view(users, LENGTH)
     slots = torch.cat([inputs.roll(1, 1), inputs[:, -1:]], dim=1)
-    return in_batch_softmax(states, items, targets, rows, slots, torch.zeros(len(items)))
+    multiplicity = torch.bincount(slots.flatten(), minlength=len(items))
+    popularity = torch.zeros(len(items))
+    return in_batch_softmax(states, items, targets, rows, slots, multiplicity, popularity)
 
 
 def memory(name: str, items: int) -> float:

@@ -12,6 +12,7 @@ functions of seed, epoch, step and process.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ def load_weights(run: Path, stage: str, epoch: int, model: nn.Module) -> None:
     """
     path = weights_path(run, stage, epoch)
     check_folder(path, "Train again with --run.resume never --run.overwrite true.")
-    model.load_state_dict(load_file(path / MODEL))
+    _load_model(model, path)
 
 
 def newest_state(run: Path, stage: str) -> Path | None:
@@ -146,11 +147,12 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         UsageError: See `read_state`.
     """
     progress, _ = read_state(path)
-    model.load_state_dict(load_file(path / MODEL))
-    moments: dict[int, dict[str, Tensor]] = {}
+    _load_model(model, path)
+    moments: dict[int, dict[str, Tensor | int]] = {}
     for name, value in load_file(path / OPTIMIZER).items():
         number, _, key = name.partition(".")
-        moments.setdefault(int(number), {})[key] = value
+        whole = value.dtype == torch.int64  # see _optimizer_tensors
+        moments.setdefault(int(number), {})[key] = int(value) if whole else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return progress
@@ -201,9 +203,26 @@ def finish_checkpoints(run: Path) -> None:
             discard(state)
 
 
+def _saved_names(model: nn.Module) -> set[str]:
+    """What training changes, and buffers; a language model's frozen weights stay where they are."""
+    state = model.state_dict().keys()
+    learned = {n for n, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
+    return {*learned, *(name for name, _ in model.named_buffers())} & state
+
+
 def _save_model(model: nn.Module, folder: Path) -> None:
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    _save_tensors(weights, folder / MODEL)
+    names, state = _saved_names(model), model.state_dict()
+    _save_tensors({name: state[name].contiguous() for name in sorted(names)}, folder / MODEL)
+
+
+def _load_model(model: nn.Module, folder: Path) -> None:
+    weights, names = load_file(folder / MODEL), _saved_names(model)
+    if weights.keys() != names:
+        odd = min(weights.keys() ^ names)
+        raise UsageError(
+            f"{folder / MODEL} is not of this model ({odd}). Start over with --run.resume never."
+        )
+    model.load_state_dict(weights, strict=False)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -214,13 +233,21 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts as ``<number of the parameter>.<name>``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": value.contiguous()
-        for number, values in state.items()
-        for name, value in values.items()
-    }
+    """Moments and step counts as ``<number of the parameter>.<name>``.
+
+    8-bit AdamW counts steps in Python's integers, here int64 of no dimension; it puts its moments
+    one level deeper, and shares two tables, qmap1 and qmap2, among all parameters.
+    """
+    tensors = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        deeper = [value for value in values.values() if isinstance(value, dict)]
+        flat = {name: value for name, value in values.items() if not isinstance(value, dict)}
+        for name, value in itertools.chain(flat.items(), *(inner.items() for inner in deeper)):
+            tensor = torch.as_tensor(value)
+            # Tensors that share memory cannot be saved.
+            tensor = tensor.clone() if name in ("qmap1", "qmap2") else tensor.contiguous()
+            tensors[f"{number}.{name}"] = tensor
+    return tensors
 
 
 def _short(value: Any) -> str:

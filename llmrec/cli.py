@@ -16,6 +16,10 @@ VERBS = {
     "embed": ("llmrec.encoders.store", "fill the embedding store: encode what is new or changed"),
     "evaluate": ("llmrec.evaluation.suite", "run a suite: several recommenders, one table"),
     "compare": ("llmrec.reporting.tables", "print the paired table of finished runs"),
+    "export": (
+        "llmrec.serving.export",
+        "write a run's text encoder or item vectors for use elsewhere",
+    ),
     "data prepare": ("llmrec.data.prepared", "read a data set once, for any number of runs"),
     "data audit": (
         "llmrec.data.audit.command",

@@ -20,37 +20,35 @@ import math
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 
 from llmrec import checkpoints
+from llmrec.assembly import TrainConfig, build, read_texts
 from llmrec.checkpoints import Progress
 from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows, windows
-from llmrec.data.interactions import Catalog, Dataset, Int64, Split
-from llmrec.data.readers import DataConfig, effective, load_dataset
-from llmrec.data.splits import SplitConfig, fit_ends, split, summary, training_counts
-from llmrec.data.tfidf import tfidf_features
-from llmrec.encoders.store import Encoded, encode_catalog
-from llmrec.encoders.text import EncoderConfig
-from llmrec.encoders.tower import TowerConfig, build_tower, prepare_features
+from llmrec.data.interactions import Dataset, Int64, Split
+from llmrec.data.readers import effective, load_dataset
+from llmrec.data.splits import fit_ends, split, summary, training_counts
+from llmrec.encoders.store import Encoded
+from llmrec.encoders.tuned import out_of_memory
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import Measure, Ranking, merge
-from llmrec.evaluation.ranking import EvaluationConfig, UserVectors, rank
+from llmrec.evaluation.ranking import UserVectors, rank
 from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
 from llmrec.launch import start
 from llmrec.models.baselines import BASELINES
-from llmrec.models.losses import NEGATIVE_LOSSES, LossConfig
-from llmrec.models.optim import OptimConfig, parameter_groups, set_rate
+from llmrec.models.losses import NEGATIVE_LOSSES
+from llmrec.models.optim import build_optimizer, set_rate
 from llmrec.models.recommender import Batch, Recommender
-from llmrec.models.sasrec import USER_MODELS, UserModelConfig
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import EpochLog, progress_bar
 from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
@@ -62,62 +60,6 @@ PROG, DESCRIPTION = (
     "llmrec train",
     "Train one recommender, select it on validation, score it once on test.",
 )
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One run: its name, seed and folder."""
-
-    label: str = ""
-    """The row's name in tables; runs that differ only in seed share it. Empty: model and tower."""
-    seed: int = 0
-    """Decides initial weights, batches, dropout, negatives and controls."""
-    folder: str = ""
-    """Where the run is written. Empty: runs/<data>-<label>-s<seed>."""
-    overwrite: bool = False
-    """Whether a finished run in that folder may be replaced."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on with the unfinished run in that folder, if there is one; never: start anew.
-    --resume for short."""
-    checkpoint_steps: int | Literal["epoch"] = "epoch"
-    """Optimizer steps between two states that a killed run resumes from, beside those at the end of
-    every epoch."""
-    keep_states: int = 1
-    """States kept at a time, the latest; an older one helps only if the disk damages the newer."""
-    store: str = "cache/embeddings"
-    """Folder of the embedding store."""
-    fit_on: Literal["train", "train+valid"] = "train"
-    """train+valid trains again on both, for the number of epochs that validation selected."""
-    select: str = "NDCG@10"
-    """Validation measure that picks the epoch."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32."""
-    tensorboard: bool = False
-    """Whether curves are also written for TensorBoard (extra `report`)."""
-
-    def __post_init__(self) -> None:
-        """Refuse seeds that not every random generator takes."""
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"run.seed={self.seed} must lie in [0, 2**32).")
-        if self.checkpoint_steps != "epoch" and self.checkpoint_steps < 1:
-            raise UsageError(f"run.checkpoint_steps={self.checkpoint_steps} must be at least 1.")
-        if self.keep_states < 1:
-            raise UsageError(f"run.keep_states={self.keep_states} must be at least 1.")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run; the defaults are the quick start's text model."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    split: SplitConfig = field(default_factory=SplitConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    tower: TowerConfig = field(default_factory=TowerConfig)
-    model: UserModelConfig = field(default_factory=UserModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -183,7 +125,8 @@ def _label(config: TrainConfig) -> str:
     if config.model.name in BASELINES:
         return config.model.name
     control = "" if config.tower.control == "none" else f"-{config.tower.control}"
-    return f"{config.model.name}-{config.tower.name}{control}"
+    tune = f"-{config.encoder.tune.replace(':', '-')}" if config.encoder.tuned else ""
+    return f"{config.model.name}-{config.tower.name}{control}{tune}"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -277,22 +220,8 @@ def prepare(task: Task) -> Encoded | None:
         )
     if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("run.tensorboard needs an extra: pip install 'llmrec[report]'.")
-    if config.tower.name == "id":
-        return None
-    if config.tower.control == "tfidf":
-        return _tfidf(task.dataset.catalog)
     with accelerator.main_process_first():  # the others then find everything in the store
-        return encode_catalog(
-            task.dataset.catalog, config.encoder, Path(config.run.store), accelerator.device
-        )
-
-
-def _tfidf(catalog: Catalog) -> Encoded:
-    """TF-IDF in the place of a language model's vectors."""
-    began = time.perf_counter()
-    vectors = tfidf_features(catalog.texts)
-    cost = {"items": len(catalog), "seconds": time.perf_counter() - began, "flops": 0}
-    return Encoded(vectors, {"model": "TF-IDF", "weights": "TF-IDF"}, cost)
+        return read_texts(config, task.dataset.catalog, accelerator.device)
 
 
 def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict[str, Any]]:
@@ -312,19 +241,6 @@ def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict
         cost |= {"encoder": encoded.encoder, "flops": cost["flops"] + encoded.cost["flops"]}
     assert fitted.validation is not None
     return {"valid": fitted.validation, "test": evaluate(task, model, "test")}, cost
-
-
-def build(task: Task, encoded: Encoded | None, train_end: Int64) -> Recommender:
-    """Fresh weights from the run's seed."""
-    config, dataset = task.config, task.dataset
-    set_seed(config.run.seed)
-    features = None
-    if encoded is not None:
-        features = prepare_features(encoded.vectors, config.tower, config.run.seed)
-    tower = build_tower(config.tower, dataset.item_count, config.model.width, features)
-    popularity = training_counts(dataset.interactions, train_end, dataset.item_count)
-    user_model = USER_MODELS[config.model.name](config.model)
-    return Recommender(tower, user_model, config.loss, torch.from_numpy(popularity))
 
 
 def fit(
@@ -371,9 +287,13 @@ def fit(
         "train_seconds": progress.seconds,
         "epochs": progress.epoch - 1,
         "selected_epoch": progress.best_epoch,
-        "trainable_parameters": sum(weight.numel() for weight in model.parameters()),
+        "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
         "flops": sum(progress.flops),
     }
+    if model.tower.language_model is not None:
+        costs = gather_object([model.tower.language_model.cost()])
+        cost |= max(costs, key=lambda cost: cost["memory_halvings"])
+        cost["flops"] += cost["catalogue_flops"] + cost.get("cache_flops", 0)
     validation = None if refit_epochs else evaluate(task, model, "valid")
     return Fitted(model, progress.best_epoch, validation, cost)
 
@@ -390,10 +310,10 @@ def start_stage(
         data = (dataset.interactions, train_end, dataset.item_count)
         shares, sampler = config.loss.shares, config.loss.sampler
         negatives = SharedNegatives.of(*data, sampler) if shares else NegativeSampler(*data)
-    model = build(task, encoded, train_end)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optim), lr=config.optim.lr, fused=True
-    )
+    with accelerator.main_process_first():  # the others then find the cached states
+        model = build(config, dataset, encoded, train_end, accelerator.device)
+    language = model.tower.language_model
+    optimizer = build_optimizer(model, config.optim, language, config.encoder)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     progress, state = Progress(), checkpoints.newest_state(task.folder, stage)
     if state is not None:
@@ -428,10 +348,7 @@ def train_epoch(task: Task, learner: Learner) -> float:
     with progress_bar(task.console) as bar:
         shown = bar.add_task(f"epoch {epoch}", total=len(batches), completed=progress.step)
         for number in range(progress.step, len(batches)):
-            noise = _entropy(task, learner, number, accelerator.process_index)
-            torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
-            rng = np.random.default_rng(_entropy(task, learner, number))
-            summed += train_step(task, learner, batches[number], rng)
+            summed += _step_in_memory(task, learner, batches[number], number)
             if optim.clip != "off":
                 accelerator.clip_grad_norm_(learner.wrapped.parameters(), optim.clip)
             set_rate(learner.optimizer, (epoch - 1) * len(batches) + number, steps, optim)
@@ -455,9 +372,34 @@ def train_epoch(task: Task, learner: Learner) -> float:
     return float(accelerator.reduce(summed, "sum")) / int(rows.lengths.sum())
 
 
+def _step_in_memory(task: Task, learner: Learner, batch: Int64, number: int) -> Tensor:
+    """`train_step`; where memory runs out it is begun again, holding half as much of the texts.
+
+    The batch stays what it is, so only rounding and the shape of dropout change.
+    """
+    language = learner.model.tower.language_model
+    while True:
+        noise = _entropy(task, learner, number, task.accelerator.process_index)
+        torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
+        rng = np.random.default_rng(_entropy(task, learner, number))
+        try:
+            return train_step(task, learner, batch, rng)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        if language is None or task.accelerator.num_processes > 1:  # the others wait for this one
+            options = "optim.accumulate" if language is None else "encoder.step_tokens"
+            raise UsageError(
+                f"memory ran out in a training step. {'Raise' if language is None else 'Lower'} "
+                f"{options}, or use a smaller model."
+            )
+        learner.optimizer.zero_grad()
+        language.halve()
+
+
 def _finite(learner: Learner, loss: Tensor) -> bool:
     """Whether loss and weights are numbers; a loss shows its own step's damage only in the next."""
-    values = (loss, *learner.model.parameters())
+    values = (loss, *(w for w in learner.model.parameters() if w.requires_grad))
     return all(bool(torch.isfinite(value).all()) for value in values)
 
 
@@ -486,16 +428,22 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
         shared = learner.negatives.draw(count, rng)
     elif learner.negatives is not None:
         drawn = learner.negatives.draw(rows.users[batch], (width, count), rng)
-    parts = np.array_split(np.arange(len(batch))[rank::world], task.config.optim.accumulate)
-    summed = torch.zeros((), device=accelerator.device)
-    for number, part in enumerate(parts, start=1):
-        counts = len(part) > 0
-        part = part if counts else np.zeros(1, np.int64)
+
+    def arrays(part: Int64) -> tuple[Int64, Int64, Int64]:
         inputs, targets = rows.pairs(batch[part])
         own = drawn[part, width - inputs.shape[1] :] * (targets > 0)[:, :, None]  # left padded
-        negatives = shared if task.config.loss.shares else own
-        moved = Batch(*map(torch.from_numpy, (inputs, targets, negatives))).to(accelerator.device)
-        waiting = number < len(parts)
+        return inputs, targets, shared if task.config.loss.shares else own
+
+    pieces = task.config.optim.accumulate
+    shares = [np.array_split(np.arange(len(batch))[r::world], pieces) for r in range(world)]
+    summed = torch.zeros((), device=accelerator.device)
+    for number, parts in enumerate(zip(*shares, strict=True), start=1):
+        counts = len(parts[rank]) > 0
+        everyone = np.concatenate([*parts, np.zeros(0 if any(map(len, parts)) else 1, np.int64)])
+        part = parts[rank] if counts else everyone[:1]
+        together = arrays(everyone) if learner.model.shares_items else None
+        moved = Batch.of(*arrays(part), together).to(accelerator.device)
+        waiting = number < pieces
         with accelerator.no_sync(learner.wrapped) if waiting else contextlib.nullcontext():
             loss = learner.wrapped(moved)
             accelerator.backward(loss * (counts * world / positions))

@@ -26,7 +26,7 @@ from llmrec.evaluation.suite import read_suite
 from llmrec.options import parse
 from llmrec.progress import EpochLog
 from llmrec.reporting import tables
-from llmrec.train_tcf import TrainConfig
+from llmrec.assembly import TrainConfig
 from llmrec.train_tcf import main as train
 
 # TensorBoard's own thread dies of a full disk; whose turn it is then is chance.

@@ -17,10 +17,13 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "options progress checkpoints launch",
     "data.interactions data.tfidf",
     "evaluation.ranking evaluation.metrics evaluation.significance evaluation.slices "
-    "evaluation.beyond encoders.text data",
-    "models encoders.tower encoders.store data.batches prompting.p5 prompting.indexing "
+    "evaluation.beyond encoders.text encoders.loading encoders.blockwise encoders.tuning "
+    "encoders.sharing data",
+    "models encoders.tower encoders.tuned encoders.store "
+    "encoders.halves encoders.prefix data.batches prompting.p5 prompting.indexing "
     "prompting.decoding prompting.parsing prompting.templates",
     "evaluation.result models.recommender evaluation.card",  # joins a tower and a user model
+    "assembly",
     "train_tcf prompting.train_p5 prompting.rating chat serving transfer",
     "reporting",
     "evaluation.suite studies",  # they print the tables that reporting makes
@@ -34,9 +37,10 @@ NO_TORCH = (
     r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it
-    "transformers": r"(encoders|prompting|transfer)\..*",
-    "peft": r"(encoders|prompting|transfer)\..*",
-    "accelerate": r"encoders\..*|launch|train_tcf|prompting\.(train_p5|rating)|transfer\.pretrain",
+    "transformers": r"(encoders|prompting|transfer)\..*|serving\.merging",
+    "peft": r"(encoders|prompting|transfer)\..*|serving\.merging",
+    "sentence_transformers": r"serving\.sentence_folder",
+    "accelerate": r"encoders\..*|launch|assembly|train_tcf|prompting\.(train_p5|rating)|transfer\.pretrain",
     "vllm": r"chat\..*|encoders\.store.*",
     "openai": r"chat\..*|encoders\.store.*",
     "torch": rf"(?!{NO_TORCH}$).*",

@@ -27,11 +27,49 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 
+ENCODER = SIZES | {"intermediate_size": 64, "pad_token_id": 0}
+DECODER = ENCODER | {"num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
+WINDOW = 4  # tokens: shorter than most texts of the tests
+FULL_AND_SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]
+
+MORE_ARCHITECTURES = {
+    "distilbert": transformers.DistilBertConfig(
+        dim=32, n_layers=3, n_heads=2, hidden_dim=64, vocab_size=32, pad_token_id=0
+    ),
+    "electra": transformers.ElectraConfig(**ENCODER, embedding_size=16),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **DECODER, head_dim=16, sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt2": transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=2, n_inner=64, vocab_size=32, bos_token_id=2, eos_token_id=3
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**ENCODER, bos_token_id=2, eos_token_id=3),
+    "llama": transformers.LlamaConfig(**DECODER),
+    "mistral": transformers.MistralConfig(**DECODER, head_dim=16, sliding_window=WINDOW),
+    "modernbert": transformers.ModernBertConfig(
+        **ENCODER, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
+        local_attention=WINDOW, layer_types=FULL_AND_SLIDING,
+    ),
+    "mpnet": transformers.MPNetConfig(**ENCODER),
+    "opt_350m": transformers.OPTConfig(  # norms after the blocks, narrower embeddings
+        **SIZES, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=16, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3, do_layer_norm_before=False,
+    ),
+    "qwen2": transformers.Qwen2Config(
+        **DECODER, use_sliding_window=True, sliding_window=WINDOW, layer_types=FULL_AND_SLIDING
+    ),
+    "roberta": transformers.RobertaConfig(**ENCODER),
+    "xlm-roberta": transformers.XLMRobertaConfig(**ENCODER),
+}  # fmt: skip
+
 
 def save_tiny_model(name: str, folder: Path) -> Path:
     """A random model with 3 layers and its tokeniser, in `folder`."""
     torch.manual_seed(0)
-    transformers.AutoModel.from_config(ARCHITECTURES[name]).save_pretrained(folder)
+    transformers.AutoModel.from_config((ARCHITECTURES | MORE_ARCHITECTURES)[name]).save_pretrained(
+        folder
+    )
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -91,6 +91,8 @@ def assemble(
     template: Template,
     minimum: int,
     maximum: int | None,
+    sample: int | None = None,
+    sample_seed: int = 0,
 ) -> Dataset:
     """Order, number, filter and render: a reader's columns become a data set.
 
@@ -100,14 +102,16 @@ def assemble(
         template: Renders the items' text; unused where the data has no fields at all.
         minimum: Users with fewer interactions are dropped.
         maximum: The most recent interactions kept per user; None keeps all.
+        sample: Users drawn at random from those with enough interactions; None keeps all.
+        sample_seed: Seed of that draw.
 
     Raises:
-        UsageError: If no user survives, or the template reads a field that is not there.
+        UsageError: If no user survives, fewer than `sample` do, or the template reads a field that is not there.
     """
     user_ids, user_places = sorted_ids(columns.user_ids)
     item_ids, item_places = sorted_ids(columns.item_ids)
     everything, tied = _sequences(columns, user_places, item_places)
-    filtered, users, filter_counts = filter_users(everything, minimum, maximum)
+    filtered, users, filter_counts = filter_users(everything, minimum, maximum, sample, sample_seed)
     interactions, rows = _used_items(filtered, len(item_ids))
     old_row = np.argsort(item_places)[rows]  # where each kept item stood in `columns`
     fields = {key: [values[row] for row in old_row] for key, values in columns.fields.items()}

@@ -5,7 +5,9 @@ decide a visitor's next item: the kind of thing recent items were, which their t
 from an item to two fixed others, which no title tells; and popularity. So reading titles and
 knowing items by their number each see something the other does not.
 
-The output is frozen by a hash in the tests. Nobody tunes it to the models.
+The output is frozen by a hash in the tests. Nobody tunes it to the models. One option leaves that
+rule on purpose: `distractors` plants a case where a sentence vector as it comes is a muddle, and
+the encoder must learn which words count. It shows that tuning can help, never how often it does.
 """
 
 from __future__ import annotations
@@ -113,11 +115,19 @@ class SimulatedConfig:
     """Visitors."""
     items: int = 1500
     """Items on offer, at least 240; those that nobody meets are dropped."""
+    distractors: int = 0
+    """Things of other topics that each title also names, as what the item is not: `not Fly Reel,
+    only Tent, not Inner Tube`. A small word alone tells which counts. Nothing but titles changes."""
 
     def __post_init__(self) -> None:
-        """Refuse a seed that the generator does not take."""
+        """Refuse a seed or a number of distractors that the generator does not take."""
         if self.seed < 0:
             raise UsageError(f"data.simulated.seed={self.seed} must not be negative.")
+        if not 0 <= self.distractors < len(_TOPICS):
+            raise UsageError(
+                f"data.simulated.distractors={self.distractors}: use 0 to {len(_TOPICS) - 1}, each "
+                "of another topic."
+            )
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def simulate(config: SimulatedConfig) -> Columns:
         )
     rng = np.random.default_rng(config.seed)
     shop = _shop(rng, config.items)
-    titles, genres = _titles(rng, shop)
+    titles, genres = _titles(rng, shop, _frames(config, shop))
     lengths = _lengths(rng, config.users)
     visited = _visits(rng, shop, lengths)  # (U, _LONGEST)
     times = _times(rng, config.users)  # (U, _LONGEST)
@@ -199,13 +209,42 @@ def _shop(rng: Generator, items: int) -> _Shop:
     return _Shop(kind_start, weight_sum, successors, late)
 
 
-def _titles(rng: Generator, shop: _Shop) -> tuple[list[str], list[str]]:
-    """(N,) titles and (N,) genres; about 1 in 100 titles empty, 1 in 100 that of its neighbour."""
-    items = len(shop.late)
-    kinds: list[tuple[str, list[str]]] = []  # genres and nouns of each kind
+def _kinds() -> list[tuple[str, list[str]]]:
+    """Genres and nouns of each kind, topic by topic."""
+    kinds: list[tuple[str, list[str]]] = []
     for topic, words in _TOPICS.items():
         department, *groups = words.split("; ")
         kinds += [(f"{department}|{topic}", group.split(", ")) for group in groups]
+    return kinds
+
+
+def _frames(config: SimulatedConfig, shop: _Shop) -> list[str]:
+    """(N,): what a title says around its noun, which goes where the braces are."""
+    items, count = len(shop.late), config.distractors
+    if not count:
+        return ["{}"] * items
+    rng = np.random.default_rng([config.seed, 1])  # its own, so that only titles change
+    nouns = [nouns for _, nouns in _kinds()]
+    kind = np.searchsorted(shop.kind_start, np.arange(items), side="right") - 1  # (N,)
+    order = rng.random((items, len(_TOPICS)))
+    order[np.arange(items), kind // _KINDS_PER_TOPIC] = 2  # its own topic comes last
+    topics = np.argsort(order, axis=1)[:, :count]  # (N, count)
+    within = (rng.random((items, count)) * _KINDS_PER_TOPIC).astype(np.int64)
+    kinds = topics * _KINDS_PER_TOPIC + within
+    words = (rng.random((items, count)) * 1_000_000).astype(np.int64)
+    places = (rng.random(items) * (count + 1)).astype(np.int64)
+    frames = []
+    for row in range(items):
+        pairs = zip(kinds[row], words[row], strict=True)
+        named = [f"not {capwords(nouns[other][word % len(nouns[other])])}" for other, word in pairs]
+        named.insert(places[row], "only {}")
+        frames.append(", ".join(named))
+    return frames
+
+
+def _titles(rng: Generator, shop: _Shop, frames: list[str]) -> tuple[list[str], list[str]]:
+    """(N,) titles and (N,) genres; about 1 in 100 titles empty, 1 in 100 that of its neighbour."""
+    items, kinds = len(shop.late), _kinds()
     titles: list[str] = []
     genres: list[str] = []
     choices = (rng.random((items, 5)) * 1_000_000).astype(np.int64).tolist()
@@ -219,7 +258,7 @@ def _titles(rng: Generator, shop: _Shop) -> tuple[list[str], list[str]]:
                 (nouns, _BRANDS, _ADJECTIVES, _DETAILS), choices[row], strict=False
             )
         )
-        noun = capwords(noun)
+        noun = frames[row].format(capwords(noun))
         title = (
             f"{brand} {adjective} {noun}, {detail}",
             f"{adjective} {noun} ({detail}) by {brand}",

@@ -47,29 +47,36 @@ class SplitConfig:
 
 
 def filter_users(
-    interactions: Interactions, minimum: int, maximum: int | None
+    interactions: Interactions,
+    minimum: int,
+    maximum: int | None,
+    sample: int | None = None,
+    sample_seed: int = 0,
 ) -> tuple[Interactions, Int64, dict[str, int]]:
-    """Drop users with few interactions, then keep the most recent interactions of the others.
+    """Drop users with few interactions, draw some of the others, keep their most recent ones.
 
     Args:
         interactions: Everything read.
         minimum: Users with fewer interactions are dropped.
         maximum: Interactions kept per user, the last ones; None keeps all.
+        sample: Users drawn from those that are left; None keeps all.
+        sample_seed: Seed of the draw, over users by number: equal however the file was sorted.
 
     Returns:
         What is left, the old rows of the users left (U,), and what was dropped.
 
     Raises:
-        UsageError: If nobody is left or a bound is below 1.
+        UsageError: If nobody is left, a bound is below 1 or more are drawn than are there.
     """
     if minimum < 1:
         raise UsageError(f"data.min_user_interactions={minimum}: use 1 or more.")
     if maximum is not None and maximum < 1:
         raise UsageError(f"data.max_user_interactions={maximum}: use 1 or more, or all.")
     lengths = interactions.lengths
-    kept = lengths >= minimum  # (U,)
-    if not kept.any():
+    enough = lengths >= minimum  # (U,)
+    if not enough.any():
         raise UsageError(_nobody_left(lengths, minimum))
+    kept = enough if sample is None else _drawn(enough, sample, sample_seed)
     left = lengths[kept] if maximum is None else np.minimum(lengths[kept], maximum)
     ends = np.repeat(interactions.offsets[1:], lengths)  # (T,) end of the row's user
     places_from_end = ends - np.arange(len(interactions.items))  # 1 is the last interaction
@@ -84,11 +91,31 @@ def filter_users(
         ratings=None if ratings is None else ratings[rows],
     )
     counts = {
-        "users_dropped_too_few_interactions": int((~kept).sum()),
-        "interactions_dropped_with_their_user": int(lengths[~kept].sum()),
+        "users_dropped_too_few_interactions": int((~enough).sum()),
+        "interactions_dropped_with_their_user": int(lengths[~enough].sum()),
+        "users_dropped_outside_sample": int((enough & ~kept).sum()),
+        "interactions_dropped_outside_sample": int(lengths[enough & ~kept].sum()),
         "interactions_dropped_beyond_most_recent": int((lengths[kept] - left).sum()),
     }
     return result, np.flatnonzero(kept), counts
+
+
+def _drawn(eligible: Bool, size: int, seed: int) -> Bool:
+    """Which of the eligible users, (U,), are among `size` drawn ones, (U,)."""
+    rows = np.flatnonzero(eligible)
+    if not 1 <= size <= len(rows):
+        raise UsageError(
+            f"data.sample_users={size}: use 1 to {len(rows):,}, the users with enough "
+            "interactions, or all."
+        )
+    if seed < 0:
+        raise UsageError(f"data.sample_seed={seed} must not be negative.")
+    # The lowest of one number per user: a larger sample holds the smaller ones of its seed, and
+    # the stream of random() has not changed since the generator was introduced.
+    lowest = np.argsort(np.random.default_rng(seed).random(len(rows)), kind="stable")[:size]
+    drawn = np.zeros(len(eligible), dtype=np.bool_)
+    drawn[rows[lowest]] = True
+    return drawn
 
 
 def _nobody_left(lengths: Int64, minimum: int) -> str:
@@ -276,6 +303,7 @@ def summary(dataset: Dataset, cut: Split) -> str:
     counts = dataset.counts | cut.counts
     shown = REPAIRS | {
         "users_dropped_too_few_interactions": "users dropped (too few interactions)",
+        "users_dropped_outside_sample": "users dropped (outside the sample)",
         "interactions_dropped_beyond_most_recent": "interactions dropped (beyond the most recent)",
         "items_with_empty_text": "items without text",
         "interactions_tied_in_order": "interactions tied in their order",

@@ -3,13 +3,13 @@
     STORE/<model>-<key>/shard-<id>/     texts.npy (n, 32) sha256 of each text, vectors.npy (n, H),
                                         tokens.npy (n,), shard.json, manifest.json
 
-The key covers model, revision, weights, layers, final norm, pooling, token limit, number format and
-item-text template; every shard.json repeats in full what made its vectors, and a shard that says
-otherwise than its folder's key is refused. Within a key a vector is found by its text's hash. A
-shard is written under a temporary name and never changed afterwards, so processes may read and
-write at the same time (what two encode at once is there twice, and the first is read) and a kill
-loses at most the shard in the making. Every byte of a shard is compared with its manifest's sha256
-before it is used.
+The key covers model, revision, weights, layers, final norm, pooling, prompt, token limit, number
+format, quantisation and item-text template; every shard.json repeats in full what made its vectors,
+and a shard that says otherwise than its folder's key is refused. Within a key a vector is found by
+its text's hash. A shard is written under a temporary name and never changed afterwards, so
+processes may read and write at the same time (what two encode at once is there twice, and the first
+is read) and a kill loses at most the shard in the making. Every byte of a shard is compared with
+its manifest's sha256 before it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from rich.console import Console
 
 from llmrec.data.interactions import Catalog
 from llmrec.data.readers import DataConfig, effective, load_dataset
-from llmrec.encoders.text import EncoderConfig, Location, TextEncoder, locate
+from llmrec.encoders.loading import EncoderConfig, Location, locate, with_own_reading
+from llmrec.encoders.text import TextEncoder
 from llmrec.errors import UsageError, exit_code
 from llmrec.options import parse
 from llmrec.progress import progress_bar
@@ -111,13 +112,18 @@ def _folder(
     """The folder of what this very encoder made, and the description that its key hashes.
 
     The weights' identity covers every file of the model's folder: config, tokeniser, and what
-    sentence-transformers would read of pooling and prompts, though only `EncoderConfig` decides
-    these here. Not in the key, for they move a vector by rounding alone: the device (a store filled
-    on a GPU is read without one), the attention kernel that torch picks, the batch a text was in,
-    and the versions of torch and transformers. A shard records device and versions.
+    sentence-transformers reads of pooling and prompts, though only `EncoderConfig` decides these
+    here: the description names the pooling and prompt that ``auto`` and ``name:`` came to. Not in
+    the key, for they move a vector by rounding alone: the device (a store filled on a GPU is read
+    without one), the placement of weights, the attention kernel, the batch a text was in, and the
+    versions of torch and transformers. A shard records device and versions.
     """
-    options = asdict(config)
-    del options["batch_tokens"]  # changes speed, not vectors
+    options = asdict(with_own_reading(config, place))
+    for name in ("batch_tokens", "attention", "placement"):
+        del options[name]
+    for name, default in (("prompt", ""), ("quantisation", "none")):
+        if options[name] == default:  # a store filled before there was the option stays valid
+            del options[name]
     description = options | {
         "method": METHOD,
         "revision": place.revision,
@@ -233,7 +239,9 @@ def _encode(
             part = digests[start : start + SHARD_ITEMS]
             began = time.perf_counter()
             vectors, tokens = encoder.encode(
-                [wanted[digest] for digest in part], lambda count: progress.advance(task, count)
+                [wanted[digest] for digest in part],
+                lambda count: progress.advance(task, count),
+                scratch=folder,
             )
             seconds = time.perf_counter() - began
             # Weights are memory-mapped: a model saved over this one now would speak as the old.

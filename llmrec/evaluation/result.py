@@ -108,9 +108,26 @@ MOVES_NO_NUMBER = frozenset(
         "run.folder", "run.overwrite", "run.store", "run.tensorboard", "run.resume",
         "run.checkpoint_steps", "run.keep_states",
         "evaluation.block_megabytes", "loss.chunk_megabytes", "encoder.batch_tokens",
+        "encoder.step_tokens", "encoder.checkpointing", "encoder.cache_states",
+        "encoder.cache_gigabytes", "encoder.attention", "encoder.placement",
     }
 )  # fmt: skip
 """Options that change where a run is written or how fast it goes, never what it finds."""
+
+
+_OFF = {
+    ("encoder.tune", "frozen"), ("encoder.quantisation", "none"), ("encoder.prompt", ""),
+    ("optim.state", "float32"),
+}  # fmt: skip
+"""Options that change nothing at this value."""
+_TUNING = frozenset(
+    {
+        "encoder.lr", "encoder.weight_decay", "encoder.cache_dtype",
+        "encoder.lora.rank", "encoder.lora.alpha", "encoder.lora.dropout", "encoder.lora.targets",
+        "encoder.lora.layers", "encoder.lora.dora", "encoder.lora.rslora",
+    }
+)  # fmt: skip
+"""Options of a tuned encoder; a frozen one refuses them."""
 
 
 def identity(
@@ -125,6 +142,10 @@ def identity(
         weights: What tells the encoder's files from any other's, where text is read.
     """
     options = flatten(json.loads(json.dumps(config, default=str)))
+    # Earlier versions' runs, which know no such option, are these ones.
+    options = {name: v for name, v in options.items() if (name, v) not in _OFF}
+    if "encoder.tune" not in options:
+        options = {name: v for name, v in options.items() if name not in _TUNING}
     decisive = {
         name: value
         for name, value in options.items()

@@ -284,7 +284,8 @@ def identities(found: Sequence[Cell]) -> list[dict[str, Any]]:
     """
     from llmrec.encoders.text import locate
     from llmrec.models.baselines import BASELINES
-    from llmrec.train_tcf import TrainConfig, configure
+    from llmrec.assembly import TrainConfig
+    from llmrec.train_tcf import configure
 
     # All of them first: a misspelt option in the last row should not be found after an hour.
     configs = [configure(cell.argv) for cell in found]

@@ -35,11 +35,11 @@ class LossConfig:
 
     name: Literal["full_softmax", "in_batch", "sampled_softmax", "bce", "gbce"] = "full_softmax"
     """full_softmax: cross-entropy over all items; in_batch: debiased softmax over the items that a
-    process meets in one piece of a step (TCF, MoRec), so optim.accumulate and the number of
-    processes change it; sampled_softmax: cross-entropy over the target and K negatives shared by
-    the step, corrected by logQ; bce: binary cross-entropy with K negatives (SASRec); gbce: the same
-    calibrated to few negatives (gSASRec). With many negatives these two start slowly and want more
-    epochs than a softmax."""
+    step meets on all processes (TCF, MoRec), or, with optim.accumulate, one of its pieces;
+    sampled_softmax: cross-entropy over the target and K negatives shared by the step, corrected by
+    logQ; bce: binary cross-entropy with K negatives (SASRec); gbce: the same calibrated to few
+    negatives (gSASRec). With many negatives these two start slowly and want more epochs than a
+    softmax."""
     negatives: int = 1
     """K: negatives per position, or per step where they are shared; sampled_softmax, bce, gbce."""
     share_negatives: bool = False
@@ -143,6 +143,7 @@ def in_batch_softmax(
     targets: Tensor,
     rows: Tensor,
     slots: Tensor,
+    multiplicity: Tensor,
     log_popularity: Tensor,
 ) -> Tensor:
     """Sum of debiased in-batch cross-entropies (TCF and MoRec), over distinct items, not slots.
@@ -157,16 +158,16 @@ def in_batch_softmax(
         items: (M, D) vectors of the batch's distinct items.
         targets: (P,) rows of `items`.
         rows: (P,) the sequence of each position.
-        slots: (B, S) rows of `items` for every slot, inputs and targets alike; negative where
-            padded.
+        slots: (B, S) rows of `items` for every slot of these sequences, inputs and targets alike;
+            negative where padded.
+        multiplicity: (M,) slots of each item in the whole batch, which may be larger: other
+            processes' sequences are columns too.
         log_popularity: (M,) log of each item's share of training interactions.
 
     Returns:
         Scalar.
     """
     real = slots >= 0
-    multiplicity = torch.zeros(len(items), device=items.device)
-    multiplicity.index_add_(0, slots[real], torch.ones_like(slots[real], dtype=multiplicity.dtype))
     own = torch.zeros(len(slots), len(items) + 1, dtype=torch.bool, device=items.device)
     own.scatter_(1, torch.where(real, slots, len(items)), True)  # the last column takes the padding
     blocked = own[rows, :-1]  # (P, M)
@@ -174,7 +175,7 @@ def in_batch_softmax(
     blocked.scatter_(1, targets[:, None], False)
     logits = (states @ items.T).float() - log_popularity  # (P, D) x (D, M) -> (P, M)
     label = logits.gather(1, targets[:, None])
-    logits = (logits + multiplicity.log()).scatter(
+    logits = (logits + multiplicity.float().log()).scatter(
         1, targets[:, None], label
     )  # the label counts once
     return F.cross_entropy(logits.masked_fill(blocked, -torch.inf), targets, reduction="sum")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from llmrec.encoders.tuning import TunableEncoder
 from llmrec.errors import UsageError
 
 
@@ -24,7 +25,9 @@ class OptimConfig:
     """Pieces a process cuts its share of a step into, one after the other, to save memory. With
     loss.name=in_batch each piece has only its own items as negatives."""
     lr: float = 3e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; that of a tuned language model is encoder.lr."""
+    state: Literal["float32", "8bit"] = "float32"
+    """Number format of AdamW's moments; 8bit (bitsandbytes) needs a quarter of their memory."""
     weight_decay: float = 0.0
     """Decoupled decay of weight matrices; never of norms, biases, positions and item tables."""
     warmup_share: float = 0.05
@@ -51,15 +54,38 @@ class OptimConfig:
             raise UsageError(f"optim.warmup_share={self.warmup_share} must lie in [0, 1).")
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices of linear layers, none for norms, biases and tables."""
-    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    decayed = {id(weight) for weight in linear}
-    others = [weight for weight in model.parameters() if id(weight) not in decayed]
-    return [
-        {"params": linear, "weight_decay": optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, language: nn.Module | None, encoder: TunableEncoder
+) -> torch.optim.Optimizer:
+    """AdamW over what learns: the recommender, and the language model at a rate of its own.
+
+    Weight decay is for matrices of linear layers, none for norms, biases and tables.
+
+    Args:
+        model: the recommender.
+        optim: rates and decay of everything but the language model.
+        language: the part of `model` that is a tuned language model.
+        encoder: its rate and decay.
+    """
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    read = set() if language is None else {id(weight) for weight in language.parameters()}
+    groups: list[dict[str, Any]] = []
+    for inside, lr, decay in (
+        (False, optim.lr, optim.weight_decay),
+        (True, encoder.lr, encoder.weight_decay),
+    ):
+        own = [w for w in model.parameters() if w.requires_grad and (id(w) in read) == inside]
+        for matrices in (True, False):
+            weights = [weight for weight in own if (id(weight) in linear) == matrices]
+            if weights:
+                group = {"params": weights, "weight_decay": decay if matrices else 0.0}
+                groups.append(group | {"lr": lr, "peak_lr": lr})
+    if optim.state == "8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds to import
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups)
+        return optimizer
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -75,4 +101,4 @@ def rate(step: int, steps: int, optim: OptimConfig) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, optim: OptimConfig) -> None:
     """Give every group its learning rate at a step, counted from 0 over the whole stage."""
     for group in optimizer.param_groups:
-        group["lr"] = optim.lr * rate(step, steps, optim)
+        group["lr"] = group["peak_lr"] * rate(step, steps, optim)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.data.interactions import Int64
 from llmrec.encoders.tower import ItemTower
 from llmrec.models.losses import (
     NEGATIVE_LOSSES,
@@ -33,10 +35,38 @@ class Batch:
     """(B, L) int64, the item after each input."""
     negatives: Tensor
     """int64, (B, L, K) or, shared by all positions, (K,); K is 0 where the loss samples none."""
+    items: Tensor
+    """(M,) int64, the distinct ids of all these and, where processes share items, of what the
+    others hold: ascending, 0 first."""
+    multiplicity: Tensor
+    """(M,) int64, how often each fills a slot, an input or a row's last target, on all of them."""
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Int64,
+        targets: Int64,
+        negatives: Int64,
+        everyone: tuple[Int64, Int64, Int64] | None = None,
+    ) -> Batch:
+        """A batch of its own, or a process's part of one.
+
+        Args:
+            inputs: (B, L).
+            targets: (B, L).
+            negatives: (B, L, K) or (K,).
+            everyone: the same three for all processes together, where they share items.
+        """
+        all_inputs, all_targets, all_negatives = everyone or (inputs, targets, negatives)
+        slots = np.concatenate([all_inputs.ravel(), all_targets[:, -1]])
+        items = np.unique(np.concatenate([np.zeros(1, np.int64), slots, all_negatives.ravel()]))
+        multiplicity = np.bincount(np.searchsorted(items, slots[slots > 0]), minlength=len(items))
+        parts = (inputs, targets, negatives, items, multiplicity)
+        return cls(*(torch.from_numpy(part) for part in parts))
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        parts = (self.inputs, self.targets, self.negatives)
+        parts = (self.inputs, self.targets, self.negatives, self.items, self.multiplicity)
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 
@@ -60,9 +90,17 @@ class Recommender(nn.Module):
         """Of training steps so far: 6 per weight and row it meets (forward 2, backward 4)."""
         self.register_buffer("all_items", torch.arange(len(popularity)), persistent=False)
 
+    @property
+    def shares_items(self) -> bool:
+        """Whether a step looks at the items of all processes together.
+
+        In-batch negatives do, and a tuned language model, which each item meets once.
+        """
+        return self.loss.name == "in_batch" or self.tower.language_model is not None
+
     def forward(self, batch: Batch) -> Tensor:
         """Loss summed over the batch's real positions; each distinct item is encoded once."""
-        items, inputs, targets, negatives = self._distinct(batch)
+        items, inputs, targets, negatives = self._places(batch)
         vectors = self.tower.vectors(items)  # (M, D); row 0 is padding
         states = self.user_model(F.embedding(inputs, vectors), batch.inputs > 0)  # (B, L, D)
         real = batch.targets > 0
@@ -77,8 +115,9 @@ class Recommender(nn.Module):
         padded = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1) == 0
         rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(inputs)[real]
         popularity = self.log_popularity[items]
+        slots = slots.masked_fill(padded, -1)
         return in_batch_softmax(
-            states, vectors, target, rows, slots.masked_fill(padded, -1), popularity
+            states, vectors, target, rows, slots, batch.multiplicity, popularity
         )
 
     def _sampled(
@@ -100,27 +139,29 @@ class Recommender(nn.Module):
         )
 
     def _count_flops(self, positions: int, items: int) -> None:
-        """Linear layers of both parts, and the products of states and item vectors."""
+        """Linear layers of both parts, and the products of states and item vectors.
+
+        A language model that learns counts its own.
+        """
+        language = self.tower.language_model
+        inside = set() if language is None else set(language.modules())
         for part, rows in ((self.user_model, positions), (self.tower, items)):
-            linear = (module for module in part.modules() if isinstance(module, nn.Linear))
+            linear = (m for m in part.modules() if isinstance(m, nn.Linear) and m not in inside)
             self.flops += 6 * rows * sum(module.weight.numel() for module in linear)
+        if language is not None:
+            self.flops, language.flops = self.flops + language.flops, 0
         rivals = 1 + self.loss.negatives if self.loss.name in NEGATIVE_LOSSES else items
         self.flops += 6 * positions * rivals * self.user_model.config.width
 
-    def _distinct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _places(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The items a step needs, ascending and 0 first, and the batch as rows of them."""
-        if self.loss.name == "full_softmax":
-            return self.all_items, batch.inputs, batch.targets, batch.negatives
         parts = (batch.inputs, batch.targets, batch.negatives)
-        flat = torch.cat([batch.inputs.new_zeros(1), *(part.flatten() for part in parts)])
-        items, places = torch.unique(flat, return_inverse=True)
-        inputs, targets, negatives = places[1:].split([part.numel() for part in parts])
-        return (
-            items,
-            inputs.view_as(batch.inputs),
-            targets.view_as(batch.targets),
-            negatives.view_as(batch.negatives),
+        if self.loss.name == "full_softmax":
+            return self.all_items, *parts
+        inputs, targets, negatives = (
+            torch.searchsorted(batch.items, part.contiguous()) for part in parts
         )
+        return batch.items, inputs, targets, negatives
 
     def item_vectors(self) -> Tensor:
         """(N + 1, D), row 0 zero."""

@@ -168,6 +168,17 @@ def test_options_left_out_or_equal_are_accepted_and_the_prepared_ones_are_kept(
     assert left_out.prepared_with["simulated"]["users"] == 40
 
 
+def test_a_sample_comes_back_with_the_options_that_drew_it(tmp_path: Path) -> None:
+    config = DataConfig(simulated=SMALL, sample_users=12, sample_seed=5)
+    folder = write(tmp_path / "shop", config)
+    again = reopen(folder)
+    assert_equal(again, load_dataset(config))
+    assert len(again.user_ids) == 12
+    assert_equal(again, reopen(folder, sample_seed=5))
+    assert "data.sample_users=3 but" in refusal(folder, sample_users=3)
+    assert "was prepared with 5" in refusal(folder, sample_users=12, sample_seed=6)
+
+
 def test_a_template_edited_since_is_noticed_where_it_is_named(tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{# id: mine | version: 1 | inputs: title #}\n{{ title }}")

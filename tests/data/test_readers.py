@@ -179,6 +179,59 @@ def test_the_filter_drops_short_users_then_keeps_the_most_recent(tmp_path: Path)
     assert expected.items() <= data.counts.items()
 
 
+MANY = [(f"u{user:02d}", f"i{(user * step) % 17}") for user in range(30) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("form", ["csv", "shuffled.csv", "parquet", "inter"])
+def test_the_same_users_are_drawn_whatever_the_format_and_the_order_of_rows(
+    tmp_path: Path, form: str
+) -> None:
+    rows = pl.DataFrame({"user_id": [u for u, _ in MANY], "item_id": [i for _, i in MANY]})
+    path = tmp_path / f"x.{form}"
+    if form == "parquet":
+        rows.write_parquet(path)
+    elif form == "inter":
+        names = {"user_id": "user_id:token", "item_id": "item_id:token"}
+        rows.rename(names).write_csv(path, separator="\t")
+    else:
+        order = np.random.default_rng(3).permutation(150) if form[0] == "s" else np.arange(150)
+        rows[order].write_csv(path)
+    data = load(path, sample_users=4)
+    assert data.user_ids == ["u03", "u11", "u13", "u20"]
+    assert data.counts["users_dropped_outside_sample"] == 30 - 4
+    assert data.counts["interactions_dropped_outside_sample"] == 150 - 20
+    assert data.interactions.lengths.tolist() == [5, 5, 5, 5]
+
+
+def test_the_catalogue_of_a_sample_is_what_its_users_met(tmp_path: Path) -> None:
+    rows = "".join(f"u{user},own{user}\nu{user},all\nu{user},all\n" for user in range(9))
+    path = write(tmp_path / "x.csv", f"user_id,item_id\n{rows}")
+    data = load(path, sample_users=2, max_user_interactions=2)
+    assert data.catalog.ids == ["all"]  # their own came first and are beyond the most recent 2
+    data = load(path, sample_users=2)
+    assert data.catalog.ids == ["all", *(f"own{name[1:]}" for name in data.user_ids)]
+    assert data.counts["items_dropped_without_interactions"] == 7
+    assert data.fingerprint() != load(path, sample_users=2, sample_seed=1).fingerprint()
+    assert load(path, sample_users=9).fingerprint() == load(path).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample_users": 0}, r"data\.sample_users=0: use 1 to 2, .* or all\."),
+        ({"sample_users": 3}, r"data\.sample_users=3: use 1 to 2, the users with enough"),
+        ({"sample_users": 1, "sample_seed": -1}, r"data\.sample_seed=-1 must not be negative\."),
+        ({"sample_seed": 1}, r"data\.sample_seed=1 draws nobody while data\.sample_users=all\."),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "x.csv", "user_id,item_id\nu,a\nu,b\nv,a\nv,b\nw,a\n")
+    with pytest.raises(UsageError, match=message):
+        load(path, min_user_interactions=2, **options)
+
+
 def test_items_that_share_their_text_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "user_id,item_id,title\nu,a,T\nu,b,T\nu,c,\nu,d,\nu,a,T\n")
     counts = load(path).counts

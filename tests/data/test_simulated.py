@@ -1,13 +1,14 @@
 """The simulated data is frozen, and carries the signals it says it carries."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from llmrec.data.interactions import Dataset
 from llmrec.data.readers import DataConfig, load_dataset
-from llmrec.data.simulated import SimulatedConfig
+from llmrec.data.simulated import _TOPICS, SimulatedConfig
 from llmrec.data.splits import SplitConfig, split, training_counts
 from llmrec.errors import UsageError
 
@@ -88,3 +89,56 @@ def test_links_that_no_title_tells_beat_popularity(data: Dataset) -> None:
     last = x.items[parts.test.end - 1]
     best_sellers = hits(np.tile(popularity, (len(last), 1)))
     assert hits(follows[last] + 1e-6 * popularity) > 3 * best_sellers
+
+
+SMALL = SimulatedConfig(users=200, items=600)
+TOPIC_OF = {  # noun, in lower case -> its topic
+    noun.lower(): topic
+    for topic, words in _TOPICS.items()
+    for group in words.split("; ")[1:]
+    for noun in group.split(", ")
+}
+
+
+def named(title: str, marker: str) -> list[str]:
+    """The topics of what stands behind each `marker` of a title."""
+    rests = title.lower().split(f"{marker} ")[1:]
+    found = [max((n for n in TOPIC_OF if rest.startswith(n)), key=len) for rest in rests]
+    return [TOPIC_OF[noun] for noun in found]
+
+
+def test_distractors_change_nothing_but_titles() -> None:
+    plain = load_dataset(DataConfig(simulated=SMALL))
+    muddled = load_dataset(DataConfig(simulated=replace(SMALL, distractors=2)))
+    assert plain.interactions.items.tolist() == muddled.interactions.items.tolist()
+    assert plain.user_ids == muddled.user_ids and plain.catalog.ids == muddled.catalog.ids
+    assert plain.catalog.fields["genres"] == muddled.catalog.fields["genres"]
+    pairs = list(zip(plain.catalog.texts, muddled.catalog.texts, strict=True))
+    assert all((a == b) == (a == "") for a, b in pairs)
+
+
+def test_one_small_word_tells_the_item_from_what_it_is_not() -> None:
+    catalog = load_dataset(DataConfig(simulated=replace(SMALL, distractors=2))).catalog
+    places = []
+    for title, genres in zip(catalog.texts, catalog.fields["genres"], strict=True):
+        if title:
+            own, others = named(title, "only"), named(title, "not")
+            assert own == [genres.split("|")[1]]
+            assert len(set(others)) == 2 and own[0] not in others
+            before = title.split("only ")[0]
+            places.append(before.count("not "))
+    shares = np.bincount(places, minlength=3) / len(places)
+    assert np.abs(shares - 1 / 3).max() < 0.1  # 600 items: five standard deviations
+
+
+def test_titles_with_distractors_are_frozen_too() -> None:
+    data = load_dataset(DataConfig(simulated=replace(SMALL, distractors=2)))
+    assert data.fingerprint() == "6ff4344ecec5cdf9da64b5d12ba68ee8d501f6499ae3efe2b0c64b6c2520dff5"
+
+
+@pytest.mark.parametrize("count", [-1, 20])
+def test_as_many_distractors_as_there_are_other_topics_at_most(count: int) -> None:
+    with pytest.raises(UsageError, match=rf"distractors={count}: use 0 to 19"):
+        SimulatedConfig(distractors=count)
+    titles = load_dataset(DataConfig(simulated=replace(SMALL, distractors=19))).catalog.texts
+    assert {title.count("not ") for title in titles if title} == {19}

@@ -206,6 +206,38 @@ def test_filter_agrees_with_a_plain_loop(
     assert len(kept.items) + sum(dropped) == len(interactions.items)
 
 
+def test_a_sample_is_drawn_from_those_with_enough_and_a_larger_one_holds_it() -> None:
+    histories = [[1] * (1 + user % 3) for user in range(60)]  # 20 users each with 1, 2, 3
+    interactions = dataset(histories).interactions
+    drawn = {}
+    for size in (1, 10, 25, 40):
+        kept, users, counts = filter_users(interactions, 2, None, size)
+        assert len(users) == kept.user_count == size
+        assert all(user % 3 for user in users)  # the others have 1 interaction
+        assert kept.lengths.tolist() == [1 + user % 3 for user in users]
+        assert counts == {
+            "users_dropped_too_few_interactions": 20,
+            "interactions_dropped_with_their_user": 20,
+            "users_dropped_outside_sample": 40 - size,
+            "interactions_dropped_outside_sample": 20 * 2 + 20 * 3 - len(kept.items),
+            "interactions_dropped_beyond_most_recent": 0,
+        }
+        drawn[size] = set(users.tolist())
+    assert drawn[1] < drawn[10] < drawn[25] < drawn[40]
+    _, others, _ = filter_users(interactions, 2, None, 10, sample_seed=1)
+    assert set(others.tolist()) != drawn[10]
+
+
+def test_everybody_is_drawn_about_equally_often() -> None:
+    interactions = dataset([[1, 2]] * 10).interactions
+    often = np.zeros(10)
+    for seed in range(400):
+        often[filter_users(interactions, 1, None, 3, seed)[1]] += 1
+    assert often.sum() == 1200
+    # 120 expected, standard deviation sqrt(400 * .3 * .7) = 9.2; 5 of them are 46
+    assert abs(often - 120).max() < 46
+
+
 @given(rows, st.sampled_from(["exclude", "include"]))
 def test_temporal_agrees_with_a_plain_loop(table: list[tuple[int, int, int]], cold: str) -> None:
     data = grouped(table)

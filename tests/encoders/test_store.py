@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,9 @@ def test_a_reordered_catalogue_gets_each_item_its_own_vector(encode):
         {"final_norm": False},
         {"dtype": "float16"},
         {"dtype": "bfloat16"},
+        {"quantisation": "nf4"},
+        {"quantisation": "int8"},
+        {"prompt": "winter "},
         {"template": "t2"},
     ],
 )
@@ -97,9 +101,30 @@ def test_another_way_to_read_texts_in_this_package_changes_the_key(encode, monke
     assert encode().cost["encoded_now"] == 3
 
 
-def test_batching_does_not_change_the_key(encode):
+@pytest.mark.parametrize(
+    "change",
+    [{"batch_tokens": 8}, {"attention": "eager"}, {"placement": "spread"}, {"placement": "blocks"}],
+)
+def test_what_moves_vectors_by_rounding_alone_does_not_change_the_key(encode, change):
     encode()
-    assert encode(batch_tokens=8).cost["encoded_now"] == 0
+    assert encode(**change).cost["encoded_now"] == 0
+
+
+def test_the_key_of_a_store_filled_before_there_were_prompts_and_quantisation_is_still_the_same():
+    place = Location("some/bert", "commit", "weights")
+    folder, about = store._folder(Path("S"), EncoderConfig("some/bert", "commit"), place, "t1")
+    assert folder == Path("S/some-bert-f225b6c7e4587bb0")
+    assert {"prompt", "quantisation", "attention", "placement"}.isdisjoint(about)
+
+
+def test_the_store_says_which_prompt_a_name_stood_for(encode, tiny_models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["bert"], folder)
+    prompts = {"prompts": {"document": "winter "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    named = encode(model=str(folder), prompt="name:document")
+    assert named.encoder["prompt"] == "winter "
+    assert encode(model=str(folder), prompt="winter ").cost["encoded_now"] == 0
 
 
 def rewritten(*replacements):

@@ -556,7 +556,7 @@ def test_a_model_saved_over_while_it_is_read_leaves_no_vectors(
     folder = tmp_path / "bert"
     shutil.copytree(tiny_models["bert"], folder)
 
-    def saved_over(self, texts, advance):
+    def saved_over(self, texts, advance, scratch):
         weights = bytearray((folder / "model.safetensors").read_bytes())
         weights[-4:] = b"\x00\x00\x00\x3f"
         (folder / "other").write_bytes(weights)
@@ -657,7 +657,7 @@ def test_a_model_that_may_not_be_read_is_one_sentence(encode, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("llmrec.encoders.text.sha256_of", refuse)
+    monkeypatch.setattr("llmrec.encoders.loading.sha256_of", refuse)
     with pytest.raises(UsageError, match=r"cannot be read \(.*Permission denied: .*config\.json"):
         encode()
 

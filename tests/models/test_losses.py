@@ -78,12 +78,15 @@ def test_in_batch_softmax_over_distinct_items_equals_the_duplicated_columns():
     targets = torch.tensor([2, 4, 4, 2, 3])
     places = [1, 2, 3, 6, 7]
     states, items = torch.randn(5, 8).double(), torch.randn(6, 8).double()  # item 5 is in no slot
+    multiplicity = torch.tensor([1, 1, 2, 1, 2, 0])  # item 0 is the first slot's
     log_popularity = torch.rand(6).double().log()
     plain, plain_grads = with_gradients(
         lambda s, v: slot_softmax(s, v, targets, rows, slots, log_popularity, places), states, items
     )
     ours, our_grads = with_gradients(
-        lambda s, v: in_batch_softmax(s, v, targets, rows, slots, log_popularity.float()),
+        lambda s, v: in_batch_softmax(
+            s, v, targets, rows, slots, multiplicity, log_popularity.float()
+        ),
         states.float(),
         items.float(),
     )

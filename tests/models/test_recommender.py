@@ -27,7 +27,8 @@ def batch(length=6, rows=4, negatives=2):
     items[0, :3] = 0
     inputs = items[:, :-1]
     targets = torch.where(inputs > 0, items[:, 1:], 0)
-    return Batch(inputs, targets, torch.randint(1, ITEMS + 1, (rows, length, negatives)))
+    sampled = torch.randint(1, ITEMS + 1, (rows, length, negatives))
+    return Batch.of(*(part.numpy() for part in (inputs, targets, sampled)))
 
 
 @pytest.mark.parametrize("loss", ["full_softmax", "in_batch", "bce"])
@@ -52,9 +53,9 @@ def test_every_tower_learns_a_small_batch_under_every_loss(tower, combine, loss)
 @pytest.mark.parametrize("loss", ["full_softmax", "in_batch", "bce"])
 def test_padding_a_batch_further_changes_no_loss(loss):
     model, data = recommender(loss=loss), batch()
-    padded = Batch(
+    padded = Batch.of(
         *(
-            torch.cat([part.new_zeros(4, 2, *part.shape[2:]), part], dim=1)
+            torch.cat([part.new_zeros(4, 2, *part.shape[2:]), part], dim=1).numpy()
             for part in (data.inputs, data.targets, data.negatives)
         )
     )
@@ -64,7 +65,7 @@ def test_padding_a_batch_further_changes_no_loss(loss):
 def test_a_pieced_batch_sums_to_the_whole():
     model, data = recommender(loss="bce"), batch()
     pieces = [
-        Batch(data.inputs[rows], data.targets[rows], data.negatives[rows])
+        Batch.of(*(p[rows].numpy() for p in (data.inputs, data.targets, data.negatives)))
         for rows in (slice(0, 1), slice(1, 4))
     ]
     torch.testing.assert_close(

@@ -45,7 +45,8 @@ def core(data: Dataset, cut: Split) -> Finding:
     met = np.bincount(data.interactions.items, minlength=data.item_count + 1)[1:]
     users, items = int(lengths.min()), int(met.min())
     found = f"every user has at least {users:,} interactions, every item at least {items:,}"
-    dropped = data.counts["users_dropped_too_few_interactions"]
+    names = ("users_dropped_too_few_interactions", "users_dropped_outside_sample")
+    dropped = sum(data.counts.get(name, 0) for name in names)  # older folders draw no sample
     if dropped or min(users, items) < 3:
         return Finding("core", "ok", found)
     return Finding(

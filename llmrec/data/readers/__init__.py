@@ -80,9 +80,21 @@ def load_dataset(config: DataConfig) -> Dataset:
         template = load_template(config.item_text)
         name = path.resolve().name if path.is_dir() else path.stem
         columns = READERS[_format(path, config)](path, config)
-    limit = config.max_user_interactions
-    maximum = None if isinstance(limit, str) else limit
-    return assemble(name, columns, template, config.min_user_interactions, maximum)
+    limit, size = config.max_user_interactions, config.sample_users
+    if size == "all" and config.sample_seed != DataConfig.sample_seed:
+        raise UsageError(
+            f"data.sample_seed={config.sample_seed} draws nobody while data.sample_users=all. "
+            "Leave it out, or say how many users to draw."
+        )
+    return assemble(
+        name,
+        columns,
+        template,
+        config.min_user_interactions,
+        maximum=None if isinstance(limit, str) else limit,
+        sample=None if isinstance(size, str) else size,
+        sample_seed=config.sample_seed,
+    )
 
 
 def _format(path: Path, config: DataConfig) -> str:

@@ -40,5 +40,11 @@ class DataConfig:
     """Interactions; users with fewer are dropped."""
     max_user_interactions: int | Literal["all"] = "all"
     """Interactions kept per user, the most recent ones."""
+    sample_users: int | Literal["all"] = "all"
+    """Users kept, drawn at random from those with enough interactions; the catalogue is then what
+    they met. For first looks: with fewer users every item is trained on less."""
+    sample_seed: int = 0
+    """Seed of that draw: another seed, other users. It is not run.seed, so that runs of several
+    seeds share their data; a larger sample of the same seed holds the smaller."""
     simulated: SimulatedConfig = field(default_factory=SimulatedConfig)
     """The simulated data, where source is `simulated`."""
