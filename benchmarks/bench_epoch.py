@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
+from llmrec.assembly import TrainConfig
 from llmrec.data.batches import TrainingRows
 from llmrec.data.interactions import Dataset, Split
 from llmrec.data.splits import SplitConfig, split
@@ -27,7 +28,6 @@ from llmrec.encoders.store import Encoded
 from llmrec.encoders.tower import TowerConfig
 from llmrec.models.losses import LossConfig
 from llmrec.models.sasrec import UserModelConfig
-from llmrec.assembly import TrainConfig
 from llmrec.train_tcf import Task, start_stage, train_epoch
 
 MODEL = UserModelConfig(width=64, blocks=2, heads=1, dropout=0.2, max_length=50)

@@ -8,6 +8,9 @@ Each folder is written under a temporary name, with the sha256 of its files, and
 is what it makes superfluous deleted. So at every instant a whole state lies on the disk, and the
 best weights that it names. No random generator is stored: batches, negatives and dropout are
 functions of seed, epoch, step and process.
+
+All processes save together and the first one writes. What FSDP2 has shared out among them is put
+together for the files, so these do not depend on how a run was distributed.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrec.errors import UsageError
 from llmrec.runs import CHECKPOINTS, check_folder, discard, new_folder
@@ -63,9 +68,11 @@ def weights_path(run: Path, stage: str, epoch: int) -> Path:
 
 
 def save_weights(run: Path, stage: str, epoch: int, model: nn.Module) -> None:
-    """Write an epoch's weights."""
-    with new_folder(weights_path(run, stage, epoch)) as folder:
-        _save_model(model, folder)
+    """Write an epoch's weights; called by all processes."""
+    tensors = _whole(_learned(model))
+    if _writes():
+        with new_folder(weights_path(run, stage, epoch)) as folder:
+            _save_tensors(tensors, folder / MODEL)
 
 
 def load_weights(run: Path, stage: str, epoch: int, model: nn.Module) -> None:
@@ -95,6 +102,8 @@ def save_state(
 ) -> None:
     """Write all that the rest of the stage depends on, then delete what is no longer needed.
 
+    Called by all processes.
+
     Args:
         run: the run folder.
         stage: fit or refit.
@@ -105,9 +114,12 @@ def save_state(
         keep: how many states stay.
     """
     name = f"{stage}-state-{progress.epoch:04d}-{progress.step:06d}-best-{progress.best_epoch:03d}"
+    weights, moments = _whole(_learned(model)), _whole(_optimizer_tensors(optimizer))
+    if not _writes():
+        return
     with new_folder(run / CHECKPOINTS / name) as folder:
-        _save_model(model, folder)
-        _save_tensors(_optimizer_tensors(optimizer), folder / OPTIMIZER)
+        _save_tensors(weights, folder / MODEL)
+        _save_tensors(moments, folder / OPTIMIZER)
         record = {"format": FORMAT, "progress": asdict(progress), "identity": dict(identity)}
         (folder / STATE).write_text(json.dumps(record, indent=2), encoding="utf-8")
     tidy(run, stage, keep)
@@ -149,10 +161,15 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     progress, _ = read_state(path)
     _load_model(model, path)
     moments: dict[int, dict[str, Tensor | int]] = {}
-    for name, value in load_file(path / OPTIMIZER).items():
-        number, _, key = name.partition(".")
-        whole = value.dtype == torch.int64  # see _optimizer_tensors
-        moments.setdefault(int(number), {})[key] = int(value) if whole else value
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    with safe_open(path / OPTIMIZER, "pt") as file:
+        for name in file.keys():
+            number, _, key = name.partition(".")
+            value = file.get_tensor(name)
+            whole = value.dtype == torch.int64  # see _optimizer_tensors
+            moments.setdefault(int(number), {})[key] = (
+                int(value) if whole else _like(weights[int(number)], value)
+            )
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return progress
@@ -210,19 +227,45 @@ def _saved_names(model: nn.Module) -> set[str]:
     return {*learned, *(name for name, _ in model.named_buffers())} & state
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
-    names, state = _saved_names(model), model.state_dict()
-    _save_tensors({name: state[name].contiguous() for name in sorted(names)}, folder / MODEL)
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {name: state[name] for name in sorted(_saved_names(model))}
 
 
 def _load_model(model: nn.Module, folder: Path) -> None:
-    weights, names = load_file(folder / MODEL), _saved_names(model)
-    if weights.keys() != names:
-        odd = min(weights.keys() ^ names)
-        raise UsageError(
-            f"{folder / MODEL} is not of this model ({odd}). Start over with --run.resume never."
-        )
+    names = _saved_names(model)
+    with safe_open(folder / MODEL, "pt") as file:
+        if odd := names ^ set(file.keys()):
+            raise UsageError(
+                f"{folder / MODEL} is not of this model ({min(odd)}). "
+                "Start over with --run.resume never."
+            )
+        state = model.state_dict()
+        weights = {name: _like(state[name], file.get_tensor(name)) for name in names}
     model.load_state_dict(weights, strict=False)
+
+
+def _writes() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was shared out, put together by all processes for the one that writes."""
+    together = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+            tensor = tensor.cpu() if _writes() else tensor.new_empty(0)
+        together[name] = tensor.contiguous()
+    return together
+
+
+def _like(known: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor as this process holds another of its shape: all of it, or its part."""
+    if not isinstance(known, DTensor) or value.shape != known.shape:  # a count of steps is whole
+        return value
+    part = distribute_tensor(value, known.device_mesh, known.placements, src_data_rank=None)
+    return part.clone()  # a part is a view, and would keep the whole
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

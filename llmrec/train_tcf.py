@@ -44,11 +44,12 @@ from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.ranking import UserVectors, rank
 from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
-from llmrec.launch import start
+from llmrec.launch import sharded, start
 from llmrec.models.baselines import BASELINES
 from llmrec.models.losses import NEGATIVE_LOSSES
 from llmrec.models.optim import build_optimizer, set_rate
 from llmrec.models.recommender import Batch, Recommender
+from llmrec.models.sharding import refuse_unshardable, shard
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import EpochLog, progress_bar
 from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
@@ -211,6 +212,8 @@ def prepare(task: Task) -> Encoded | None:
         if config.split.method == "temporal":
             way_out = "Lower split.valid_share and split.test_share, or give longer histories."
         raise UsageError(f"no user has two interactions to train on. {way_out}")
+    if sharded():
+        refuse_unshardable(config.encoder, config.optim)
     share = accelerator.num_processes * config.optim.accumulate
     if min(config.optim.batch_size, len(rows)) < share:
         raise UsageError(
@@ -272,8 +275,7 @@ def fit(
         if refit_epochs or progress.best is None or score > progress.best:
             progress.best = None if refit_epochs else score
             progress.best_epoch = progress.epoch
-            if accelerator.is_main_process:
-                checkpoints.save_weights(folder, stage, progress.epoch, model)
+            checkpoints.save_weights(folder, stage, progress.epoch, model)
         impatient = progress.epoch - progress.best_epoch >= config.optim.patience
         last = progress.epoch == (refit_epochs or config.optim.epochs)
         progress.finished = last or impatient
@@ -312,9 +314,13 @@ def start_stage(
         negatives = SharedNegatives.of(*data, sampler) if shares else NegativeSampler(*data)
     with accelerator.main_process_first():  # the others then find the cached states
         model = build(config, dataset, encoded, train_end, accelerator.device)
+    if sharded():
+        shard(model, accelerator.device)
     language = model.tower.language_model
     optimizer = build_optimizer(model, config.optim, language, config.encoder)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped: nn.Module = model
+    if not sharded():
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     progress, state = Progress(), checkpoints.newest_state(task.folder, stage)
     if state is not None:
         progress = checkpoints.load_state(state, model, optimizer)
@@ -443,9 +449,10 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
         part = parts[rank] if counts else everyone[:1]
         together = arrays(everyone) if learner.model.shares_items else None
         moved = Batch.of(*arrays(part), together).to(accelerator.device)
-        waiting = number < pieces
+        waiting = number < pieces and not sharded()  # whole gradients would not fit
         with accelerator.no_sync(learner.wrapped) if waiting else contextlib.nullcontext():
-            loss = learner.wrapped(moved)
+            with accelerator.autocast():  # which DDP does itself, and FSDP does not
+                loss = learner.wrapped(moved)
             accelerator.backward(loss * (counts * world / positions))
         summed += loss.detach() * counts
     return summed
@@ -453,15 +460,13 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
 
 def save_state(task: Task, learner: Learner, loss: float) -> None:
     """Write what a killed run resumes from; `loss` is this process's sum over the epoch so far."""
-    progress, accelerator = learner.progress, task.accelerator
+    progress = learner.progress
     progress.losses = gather_object([loss])
     progress.flops = gather_object([learner.model.flops])
-    if accelerator.is_main_process:
-        keep = task.config.run.keep_states
-        checkpoints.save_state(
-            task.folder, learner.stage, learner.model, learner.optimizer, progress,
-            task.identity, keep,
-        )  # fmt: skip
+    checkpoints.save_state(
+        task.folder, learner.stage, learner.model, learner.optimizer, progress, task.identity,
+        task.config.run.keep_states,
+    )  # fmt: skip
 
 
 def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:

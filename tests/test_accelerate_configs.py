@@ -1,12 +1,16 @@
 """configs/accelerate/: what `accelerate launch` makes of each file."""
 
+import os
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from llmrec.errors import UsageError
+from llmrec.launch import SHARDING, sharded, start
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
 EXPECTED = {  # kind, machines, processes of all machines together, number format
@@ -15,7 +19,6 @@ EXPECTED = {  # kind, machines, processes of all machines together, number forma
     "multi_gpu": ("MULTI_GPU", 1, 8, "bf16"),
     "two_nodes": ("MULTI_GPU", 2, 16, "bf16"),
     "fsdp2": ("FSDP", 1, 8, "bf16"),
-    "deepspeed_zero3": ("DEEPSPEED", 1, 8, "bf16"),
 }
 
 
@@ -36,12 +39,7 @@ def environment(name, monkeypatch):
     words = ["--config_file", str(FOLDER / f"{name}.yaml"), "llmrec/train_tcf.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
-    if name == "deepspeed_zero3":
-        args.deepspeed_fields_from_accelerate_config = ""
-        _, found = prepare_deepspeed_cmd_env(args)
-    else:
-        found = prepare_multi_gpu_env(args)
-    for key, value in found.items():
+    for key, value in prepare_multi_gpu_env(args).items():
         monkeypatch.setenv(key, value)
     return args
 
@@ -61,9 +59,39 @@ def test_fsdp2_shards_layer_by_layer_and_saves_whole_weights(monkeypatch):
     assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
 
 
-def test_deepspeed_shards_weights_too_and_offloads_nothing(monkeypatch):
-    environment("deepspeed_zero3", monkeypatch)
-    plugin = DeepSpeedPlugin()
-    assert plugin.zero_stage == 3 and not plugin.zero3_init_flag
-    zero = plugin.deepspeed_config["zero_optimization"]
-    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "none"
+def test_fsdp2_says_all_that_a_sharded_run_goes_by_and_nothing_else(monkeypatch):
+    assert not sharded()
+    environment("fsdp2", monkeypatch)
+    assert sharded()
+    assert {name: os.environ.get(name, "").lower() for name in SHARDING} == {
+        name: value.lower() for name, value in SHARDING.items()
+    }
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_fsdp_set_up_otherwise_is_refused(name, monkeypatch):
+    environment("fsdp2", monkeypatch)
+    launched(monkeypatch, processes=8)
+    monkeypatch.setenv(name, "other")
+    with pytest.raises(UsageError, match=f"^{name.lower()}=other in fsdp_config .*fsdp2.yaml"):
+        start("bf16")
+
+
+def test_fsdp_on_one_process_is_refused(monkeypatch):
+    environment("fsdp2", monkeypatch)
+    launched(monkeypatch, processes=1)
+    with pytest.raises(UsageError, match="nothing to share out with one process"):
+        start("bf16")
+
+
+def test_deepspeed_is_refused_and_fsdp2_named(monkeypatch):
+    launched(monkeypatch, processes=8)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"DeepSpeed is not supported\. Use .*fsdp2.yaml"):
+        start("bf16")
+
+
+def launched(monkeypatch, processes):
+    """As if a launcher had started so many."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))

@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from llmrec import runs
+from llmrec.assembly import TrainConfig
 from llmrec.errors import UsageError
 from llmrec.evaluation import suite
 from llmrec.evaluation.result import read_result, write_result
@@ -26,7 +27,6 @@ from llmrec.evaluation.suite import read_suite
 from llmrec.options import parse
 from llmrec.progress import EpochLog
 from llmrec.reporting import tables
-from llmrec.assembly import TrainConfig
 from llmrec.train_tcf import main as train
 
 # TensorBoard's own thread dies of a full disk; whose turn it is then is chance.

@@ -22,7 +22,8 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "models encoders.tower encoders.tuned encoders.store "
     "encoders.halves encoders.prefix data.batches prompting.p5 prompting.indexing "
     "prompting.decoding prompting.parsing prompting.templates",
-    "evaluation.result models.recommender evaluation.card",  # joins a tower and a user model
+    # models.recommender joins a tower and a user model
+    "evaluation.result models.recommender models.sharding evaluation.card",
     "assembly",
     "train_tcf prompting.train_p5 prompting.rating chat serving transfer",
     "reporting",
@@ -40,7 +41,8 @@ ONLY_IN = {  # third-party package -> the modules that may import it
     "transformers": r"(encoders|prompting|transfer)\..*|serving\.merging",
     "peft": r"(encoders|prompting|transfer)\..*|serving\.merging",
     "sentence_transformers": r"serving\.sentence_folder",
-    "accelerate": r"encoders\..*|launch|assembly|train_tcf|prompting\.(train_p5|rating)|transfer\.pretrain",
+    "accelerate": r"encoders\..*|launch|assembly|train_tcf|"
+    r"prompting\.(train_p5|rating)|transfer\.pretrain",
     "vllm": r"chat\..*|encoders\.store.*",
     "openai": r"chat\..*|encoders\.store.*",
     "torch": rf"(?!{NO_TORCH}$).*",

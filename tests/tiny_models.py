@@ -74,10 +74,10 @@ def save_tiny_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(known: list[str] = WORDS) -> PreTrainedTokenizerFast:
     """Whole words, lower case, between two special tokens."""
     vocabulary = {
-        word: number for number, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])
+        word: number for number, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *known])
     }
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()

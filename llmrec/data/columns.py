@@ -106,7 +106,8 @@ def assemble(
         sample_seed: Seed of that draw.
 
     Raises:
-        UsageError: If no user survives, fewer than `sample` do, or the template reads a field that is not there.
+        UsageError: If no user survives, fewer than `sample` do, or the template reads a field that
+            is not there.
     """
     user_ids, user_places = sorted_ids(columns.user_ids)
     item_ids, item_places = sorted_ids(columns.item_ids)

@@ -117,7 +117,7 @@ class SimulatedConfig:
     """Items on offer, at least 240; those that nobody meets are dropped."""
     distractors: int = 0
     """Things of other topics that each title also names, as what the item is not: `not Fly Reel,
-    only Tent, not Inner Tube`. A small word alone tells which counts. Nothing but titles changes."""
+    only Tent, not Inner Tube`. A small word tells which counts. Nothing but titles changes."""
 
     def __post_init__(self) -> None:
         """Refuse a seed or a number of distractors that the generator does not take."""

@@ -35,11 +35,11 @@ from llmrec.encoders.halves import check_listed, only_lower, only_top, read_top
 from llmrec.encoders.loading import EncoderConfig, locate
 from llmrec.encoders.store import (
     ABANDONED_SECONDS,
-    _array,
-    _check_writable,
-    _digest,
-    _folder,
-    _remedy,
+    check_writable,
+    encoder_folder,
+    read_array,
+    remedy,
+    text_digest,
 )
 from llmrec.encoders.text import TextEncoder, length_sorted
 from llmrec.errors import UsageError
@@ -145,7 +145,7 @@ def cache_states(
     below = len(encoder.blocks) - top
     if not 0 < below < len(encoder.blocks):
         raise ValueError(f"top={top} of {len(encoder.blocks)} blocks leaves none above or below")
-    texts = {_digest(text): text for text in catalog_texts if text}
+    texts = {text_digest(text): text for text in catalog_texts if text}
     if not texts:
         raise UsageError(
             f"none of the {len(catalog_texts)} items has a text. Give an items file or a text "
@@ -154,7 +154,7 @@ def cache_states(
     place = locate(config)
     if place.revision:
         config = replace(config, revision=place.revision)  # a branch may move meanwhile
-    vectors_folder, description = _folder(store, config, place, template_sha256)
+    vectors_folder, description = encoder_folder(store, config, place, template_sha256)
     for later in ("layers", "final_norm", "pooling"):
         del description[later]
     description |= {
@@ -168,7 +168,9 @@ def cache_states(
     made_now = not folder.exists()
     if made_now:
         _make(folder, texts, encoder, config, description, limit_gigabytes)
-    return _open(folder, description, list(map(_digest, catalog_texts)), limit_gigabytes, made_now)
+    return _open(
+        folder, description, list(map(text_digest, catalog_texts)), limit_gigabytes, made_now
+    )
 
 
 def _make(
@@ -186,7 +188,7 @@ def _make(
     width, dtype = model.config.get_text_config().hidden_size, description["cache_dtype"]
     _check_size(int(lengths.sum()), len(texts), width, dtype, limit_gigabytes)
     _sweep(folder)
-    _check_writable(folder)
+    check_writable(folder)
     batches = list(length_sorted(lengths, encoder.config.batch_tokens))
     order = np.concatenate(batches)  # the order on disk: what is computed next is written next
     digests = [bytes.fromhex(digest) for digest in texts]
@@ -245,7 +247,7 @@ def _write_states(
     with only_lower(encoder, below) as read, progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("caching states of items", total=len(tokens))
         for batch in batches:
-            ids, real = encoder._inputs([tokens[n] for n in batch])
+            ids, real = encoder.inputs([tokens[n] for n in batch])
             states = read(ids, real)[real].cpu()  # (tokens of the batch, H), row by row
             if not states.isfinite().all():
                 raise UsageError(
@@ -293,7 +295,7 @@ def _open(
     Raises:
         UsageError: It is damaged, not what its name says, or larger than the limit.
     """
-    check_folder(folder, _remedy(folder))
+    check_folder(folder, remedy(folder))
     about_file, dtype = folder / "states.json", description["cache_dtype"]
     try:
         about = json.loads(about_file.read_text(encoding="utf-8"))
@@ -301,17 +303,17 @@ def _open(
         same = about["encoder"] == description
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
-            f"{about_file} does not say what made its states. {_remedy(folder)}"
+            f"{about_file} does not say what made its states. {remedy(folder)}"
         ) from error
     if not same:
-        raise UsageError(f"{about_file} names other states than its folder. {_remedy(folder)}")
-    texts = _array(folder / "texts.npy", np.uint8, ("n", 32))
-    offsets = _array(folder / "offsets.npy", np.int64, (len(texts) + 1,))
-    tokens = _array(folder / "tokens.npy", np.int32, (int(offsets[-1]),))
-    states = _array(folder / "states.npy", ON_DISK[dtype], (len(tokens), "H"))
+        raise UsageError(f"{about_file} names other states than its folder. {remedy(folder)}")
+    texts = read_array(folder / "texts.npy", np.uint8, ("n", 32))
+    offsets = read_array(folder / "offsets.npy", np.int64, (len(texts) + 1,))
+    tokens = read_array(folder / "tokens.npy", np.int32, (int(offsets[-1]),))
+    states = read_array(folder / "states.npy", ON_DISK[dtype], (len(tokens), "H"))
     places = {text.tobytes().hex(): place for place, text in enumerate(texts)}
     _check_size(len(tokens), len(texts), states.shape[1], dtype, limit_gigabytes)
-    empty = _digest("")
+    empty = text_digest("")
     rows = np.array([-1 if digest == empty else places[digest] for digest in digests], np.int64)
     lengths = np.where(rows < 0, 0, np.diff(offsets)[rows]).astype(np.int32)
     cost = {

@@ -75,12 +75,12 @@ def encode_catalog(
             f"none of the {len(catalog)} items has a text. Give an items file or a text column and "
             "name it in a data.item_text template, or use tower.name=id."
         )
-    digests = [_digest(text) for text in catalog.texts]
+    digests = [text_digest(text) for text in catalog.texts]
     wanted = {digest: text for digest, text in zip(digests, catalog.texts, strict=True) if text}
     place = locate(config)
     if place.revision:
         config = replace(config, revision=place.revision)  # a branch may move before it is loaded
-    folder, description = _folder(store, config, place, catalog.template_sha256)
+    folder, description = encoder_folder(store, config, place, catalog.template_sha256)
     shards = _shards(folder, description)
     known = {digest for shard in shards for digest in shard.digests}
     missing = {digest: text for digest, text in wanted.items() if digest not in known}
@@ -102,11 +102,12 @@ class _Shard:
     seconds: float
 
 
-def _digest(text: str) -> str:
+def text_digest(text: str) -> str:
+    """What a text is found by."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _folder(
+def encoder_folder(
     store: Path, config: EncoderConfig, place: Location, template_sha256: str
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of what this very encoder made, and the description that its key hashes.
@@ -147,12 +148,13 @@ def _shards(folder: Path, description: dict[str, Any]) -> list[_Shard]:
         if width != expected:
             raise UsageError(
                 f"{shard.path / 'vectors.npy'} holds vectors of width {width}, "
-                f"{shards[0].path.name} of width {expected}. {_remedy(folder)}"
+                f"{shards[0].path.name} of width {expected}. {remedy(folder)}"
             )
     return shards
 
 
-def _remedy(folder: Path) -> str:
+def remedy(folder: Path) -> str:
+    """What helps against damage in a folder of the store."""
     return f"Delete the folder {folder}; its texts will be encoded again."
 
 
@@ -162,7 +164,7 @@ def _read_shard(path: Path, description: dict[str, Any]) -> _Shard:
     Raises:
         UsageError: They do not; names the file and the remedy.
     """
-    check_folder(path, _remedy(path))
+    check_folder(path, remedy(path))
     try:
         about = json.loads((path / "shard.json").read_text(encoding="utf-8"))
         encoder, seconds = about["encoder"], float(about["seconds"])
@@ -170,25 +172,25 @@ def _read_shard(path: Path, description: dict[str, Any]) -> _Shard:
         int(encoder["non_embedding_parameters"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
-            f"{path / 'shard.json'} does not say what made its vectors. {_remedy(path)}"
+            f"{path / 'shard.json'} does not say what made its vectors. {remedy(path)}"
         ) from error
     if other:
         raise UsageError(
             f"{path / 'shard.json'} names another encoder than its folder ({', '.join(other)}). "
-            f"{_remedy(path)}"
+            f"{remedy(path)}"
         )
-    texts = _array(path / "texts.npy", np.uint8, ("n", 32))
+    texts = read_array(path / "texts.npy", np.uint8, ("n", 32))
     return _Shard(
         path,
         [row.tobytes().hex() for row in texts],
-        _array(path / "vectors.npy", np.float32, (len(texts), "H")),
-        _array(path / "tokens.npy", np.int32, (len(texts),)),
+        read_array(path / "vectors.npy", np.float32, (len(texts), "H")),
+        read_array(path / "tokens.npy", np.int32, (len(texts),)),
         encoder,
         seconds,
     )
 
 
-def _array(file: Path, dtype: DTypeLike, shape: tuple[int | str, ...]) -> NDArray[Any]:
+def read_array(file: Path, dtype: DTypeLike, shape: tuple[int | str, ...]) -> NDArray[Any]:
     """A memory-mapped array of this type and shape; a letter stands for any length.
 
     Raises:
@@ -197,7 +199,7 @@ def _array(file: Path, dtype: DTypeLike, shape: tuple[int | str, ...]) -> NDArra
     try:
         array = np.lib.format.open_memmap(file, mode="r")
     except (OSError, ValueError) as error:  # the latter also for a pickle, which is never loaded
-        raise UsageError(f"{file} is missing or no array. {_remedy(file.parent)}") from error
+        raise UsageError(f"{file} is missing or no array. {remedy(file.parent)}") from error
     fits = len(array.shape) == len(shape) and all(
         isinstance(want, str) or have == want
         for have, want in zip(array.shape, shape, strict=False)
@@ -205,7 +207,7 @@ def _array(file: Path, dtype: DTypeLike, shape: tuple[int | str, ...]) -> NDArra
     if array.dtype != dtype or not fits:
         wanted = f"{np.dtype(dtype)} ({', '.join(map(str, shape))})"
         raise UsageError(
-            f"{file} holds {array.dtype} {array.shape}, not {wanted}. {_remedy(file.parent)}"
+            f"{file} holds {array.dtype} {array.shape}, not {wanted}. {remedy(file.parent)}"
         )
     return array
 
@@ -219,7 +221,7 @@ def _encode(
 ) -> None:
     """Encode texts into new shards, with a progress bar on a terminal."""
     _sweep(folder)
-    _check_writable(folder)
+    check_writable(folder)
     encoder = TextEncoder(config, device)
     about = description | {
         "layers_run": len(encoder.blocks),
@@ -262,7 +264,7 @@ def _encode(
                 (shard / "shard.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Learn it before the model is read, and leave nothing behind: that may refuse too."""
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())

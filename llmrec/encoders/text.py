@@ -66,9 +66,12 @@ class TextEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self._raw: Tensor | None = None
-        self.blocks[-1].register_forward_hook(self._keep_raw)
+        hook = self.blocks[-1].register_forward_hook(self._keep_raw)
         self.has_final_norm = self._probe()
         """Whether the architecture changes the last layer's states before it returns them."""
+        if config.final_norm:
+            hook.remove()
+        self._raw = None
 
     def _loading_options(self) -> dict[str, Any]:
         """What ``from_pretrained`` is told besides the place of the weights."""
@@ -267,7 +270,7 @@ class TextEncoder:
         share = 1 if self.on_disk is None else 1 / len(self.blocks)
 
         def read_batch(number: int) -> Tensor:
-            inputs = self._inputs([tokens[place] for place in batches[number]])
+            inputs = self.inputs([tokens[place] for place in batches[number]])
             with torch.inference_mode():
                 return self.read(*inputs)
 
@@ -304,7 +307,7 @@ class TextEncoder:
             )
         return vectors, lengths
 
-    def _inputs(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def inputs(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids of some texts and which of them are real, (B, T) each, on the device."""
         lengths = np.array([len(ids) for ids in tokens])
         real = np.arange(lengths.max()) < lengths[:, None]

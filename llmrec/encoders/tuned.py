@@ -56,7 +56,7 @@ class TunedEncoder(nn.Module):
             only_top(self.encoder, self.tuned_blocks)
         self.model = self.encoder.model
         tokens = iter(self.encoder.tokenize([text for text in texts if text]))
-        self.tokens = [np.asarray(next(tokens) if text else [], np.int64) for text in texts]
+        self.tokens = [next(tokens) if text else [] for text in texts]
         self.lengths = np.array([len(ids) for ids in self.tokens], np.int32)
         """(N,): tokens of each text; 0 where there is none."""
         self.batch_tokens, self.step_tokens = config.batch_tokens, config.step_tokens
@@ -66,13 +66,17 @@ class TunedEncoder(nn.Module):
         """Spent with gradients so far; see `_count`."""
 
     def train(self, mode: bool = True) -> TunedEncoder:
-        """Only what learns drops out: cached and uncached lower blocks then agree."""
+        """Only what learns may drop out: cached and uncached lower blocks then agree."""
         super().train(mode)
-        depth = len(self.encoder.blocks)
-        if self.tuned_blocks < depth:
-            self.model.eval()
-            for block in self.encoder.blocks[depth - self.tuned_blocks :]:
-                block.train(mode)
+        tuned = list(self.encoder.blocks)[-self.tuned_blocks :]
+        whole = len(tuned) == len(self.encoder.blocks)
+        self.model.train(mode and self.config.dropout and whole)
+        for block in tuned:
+            block.train(mode and self.config.dropout)
+            block.training = mode  # its own flag: without it, it would not checkpoint
+            for name, module in block.named_modules():
+                if name.endswith("lora_dropout"):
+                    module.train(mode)
         return self
 
     def forward(self, rows: NDArray[np.int64]) -> Tensor:
@@ -138,12 +142,7 @@ class TunedEncoder(nn.Module):
         if self.cached is not None:
             states, ids, real = (part.to(device) for part in self.cached.batch(rows))
             return read_top(self.encoder, states, ids, real)
-        longest = int(self.lengths[rows].max())
-        padded = np.full((len(rows), longest), self.encoder.tokenizer.pad_token_id or 0, np.int64)
-        for line, row in zip(padded, rows, strict=True):
-            line[: self.lengths[row]] = self.tokens[row]
-        places = np.arange(longest) < self.lengths[rows][:, None]
-        return self.encoder.read(*(torch.from_numpy(a).to(device) for a in (padded, places)))
+        return self.encoder.read(*self.encoder.inputs([self.tokens[row] for row in rows]))
 
     def _token_flops(self) -> tuple[int, int]:
         """Floating-point operations of a token: reading it with gradients, and reading it again.

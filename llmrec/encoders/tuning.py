@@ -57,6 +57,9 @@ class TunableEncoder(EncoderConfig):
     optim.lr. Adapters like 1e-4 and more."""
     weight_decay: float = 0.01
     """Decoupled decay of the language model's matrices and adapters."""
+    dropout: bool = False
+    """Whether the language model's own drop-out is on in training. Whitening enlarges its noise, so
+    that the recommender then learns more slowly; lora.dropout is apart from it."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     """The adapters of lora and qlora."""
     checkpointing: bool = False
@@ -87,7 +90,8 @@ class TunableEncoder(EncoderConfig):
             raise UsageError("encoder.lr must be above 0 and encoder.weight_decay not below it.")
         if self.step_tokens < 1 or not self.cache_gigabytes > 0:
             raise UsageError("encoder.step_tokens and encoder.cache_gigabytes must be above 0.")
-        self._refuse_ignored(mode)
+        adapters = mode in ("lora", "qlora")
+        self._refuse_ignored(mode == "top" or (adapters and self.lora.layers != "all"))
         if self.placement == "blocks" and mode != "frozen":
             raise UsageError(
                 f"encoder.placement=blocks only reads; encoder.tune={self.tune} needs all weights "
@@ -100,29 +104,17 @@ class TunableEncoder(EncoderConfig):
                 f"encoder.quantisation={self.quantisation} leaves no weight that "
                 f"encoder.tune={self.tune} could move. Use encoder.tune=qlora."
             )
-        if self.tuned and self.placement == "blocks":
-            raise UsageError(
-                "encoder.placement=blocks reads from disk what encoder.tune="
-                f"{self.tune} would change in memory. Use one_device or spread, or tune=frozen."
-            )
-        if mode == "qlora" and self.quantisation == "none":
-            object.__setattr__(self, "quantisation", "nf4")
-        if mode in ("lora", "top", "full") and self.quantisation != "none":
-            raise UsageError(
-                f"encoder.quantisation={self.quantisation} goes with encoder.tune=qlora, not "
-                f"{self.tune}. Use that, or leave encoder.quantisation out."
-            )
         if mode in ("top", "full") and self.dtype != "float32":
             raise UsageError(
                 f"encoder.dtype={self.dtype} is too coarse for the small steps of encoder.tune="
                 f"{self.tune}. Use float32 (run.precision=bf16 still computes in bf16), or lora."
             )
 
-    def _refuse_ignored(self, mode: str) -> None:
+    def _refuse_ignored(self, partial: bool) -> None:
+        """Refuse options without effect; `partial`: whether some blocks stay frozen below."""
         defaults = TunableEncoder.__dataclass_fields__
-        reads = {"lr": mode != "frozen", "weight_decay": mode != "frozen"}
-        reads |= {"checkpointing": mode != "frozen", "step_tokens": mode != "frozen"}
-        partial = mode == "top" or (mode in ("lora", "qlora") and self.lora.layers != "all")
+        tuning = ("lr", "weight_decay", "checkpointing", "step_tokens")
+        reads = dict.fromkeys(tuning, self.tuned)
         reads |= dict.fromkeys(("cache_states", "cache_dtype", "cache_gigabytes"), partial)
         for option, read in reads.items():
             if not read and getattr(self, option) != defaults[option].default:
@@ -131,7 +123,7 @@ class TunableEncoder(EncoderConfig):
                     f"encoder.tune={self.tune}"
                     f"{'' if option[:5] != 'cache' else ' of all layers'}. Leave it out."
                 )
-        if self.lora != LoraOptions() and mode not in ("lora", "qlora"):
+        if self.lora != LoraOptions() and self.tune not in ("lora", "qlora"):
             raise UsageError(
                 f"encoder.lora means nothing to encoder.tune={self.tune}. Leave it out, or use "
                 "encoder.tune=lora or qlora."
@@ -152,7 +144,7 @@ class TunableEncoder(EncoderConfig):
         """How many of the highest blocks are tuned, of `depth` that run.
 
         Raises:
-            UsageError: More than there are.
+            UsageError: More than there are, or all of them and options of a cache.
         """
         option, count = "encoder.lora.layers", self.lora.layers
         if self.tune.startswith("top:"):
@@ -164,6 +156,8 @@ class TunableEncoder(EncoderConfig):
                 f"{option}={self.tune if option == 'encoder.tune' else count} but "
                 f"{self.model} runs {depth} blocks. Use at most {depth}."
             )
+        if count == depth:
+            self._refuse_ignored(partial=False)
         return count
 
 

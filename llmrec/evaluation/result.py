@@ -122,7 +122,7 @@ _OFF = {
 """Options that change nothing at this value."""
 _TUNING = frozenset(
     {
-        "encoder.lr", "encoder.weight_decay", "encoder.cache_dtype",
+        "encoder.dropout", "encoder.lr", "encoder.weight_decay", "encoder.cache_dtype",
         "encoder.lora.rank", "encoder.lora.alpha", "encoder.lora.dropout", "encoder.lora.targets",
         "encoder.lora.layers", "encoder.lora.dora", "encoder.lora.rslora",
     }

@@ -282,9 +282,9 @@ def identities(found: Sequence[Cell]) -> list[dict[str, Any]]:
     Raises:
         UsageError: A misspelt option, data that cannot be read, an encoder that is not there.
     """
+    from llmrec.assembly import TrainConfig
     from llmrec.encoders.text import locate
     from llmrec.models.baselines import BASELINES
-    from llmrec.assembly import TrainConfig
     from llmrec.train_tcf import configure
 
     # All of them first: a misspelt option in the last row should not be found after an hour.

@@ -139,11 +139,12 @@ def test_what_is_read_again_drops_out_the_same(tiny_models, tmp_path, options, a
     assert furthest(found[1][1], found[0][1]) < TOLERANCE
 
 
+@pytest.mark.parametrize("thrift", [{}, PIECES | {"checkpointing": True}])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_cached_lower_blocks_leave_gradients_and_vectors_as_they_are(
-    still_models, tmp_path, name, figure
+def test_cached_lower_blocks_leave_the_gradients_as_they_are(
+    still_models, tmp_path, name, thrift, figure
 ):
-    cached = recommender(still_models[name], tmp_path, tune="top:1")
+    cached = recommender(still_models[name], tmp_path, tune="top:1", **thrift)
     whole = recommender(still_models[name], tmp_path, **TOP)
     data, found = batch("in_batch"), []
     for model in (cached, whole):

@@ -164,10 +164,11 @@ LORA = {"tune": "lora"}
         ({"tune": "full", "dtype": "bfloat16"}, r"encoder\.dtype=bfloat16 is too coarse .*Use "
          r"float32"),
         ({"tune": "top:1", "dtype": "float16"}, r"encoder\.dtype=float16 is too coarse"),
-        (LORA | {"quantisation": "nf4"}, r"encoder\.quantisation=nf4 goes with encoder\.tune=qlora"
-         r", not lora"),
-        ({"tune": "full", "quantisation": "int8"}, r"encoder\.quantisation=int8 goes with"),
-        (LORA | {"placement": "blocks"}, r"encoder\.placement=blocks .*Use one_device or spread"),
+        (LORA | {"quantisation": "nf4"}, r"encoder\.quantisation=nf4 leaves no weight that "
+         r"encoder\.tune=lora could move\. Use encoder\.tune=qlora"),
+        ({"tune": "full", "quantisation": "int8"}, r"encoder\.quantisation=int8 leaves no"),
+        (LORA | {"placement": "blocks"}, r"encoder\.placement=blocks only reads; .*Use "
+         r"encoder\.placement=one_device or spread"),
     ],
 )  # fmt: skip
 def test_requests_that_make_no_sense_are_refused_by_name(options, said):
@@ -194,6 +195,10 @@ def test_adapters_without_a_meaning_are_refused(options, said):
     [
         ({"tune": "top:4"}, r"encoder\.tune=top:4 but .* runs 3 blocks\. Use at most 3"),
         ({"tune": "top:3", "layers": 2}, r"encoder\.tune=top:3 but .* runs 2 blocks\. Use at most"),
+        ({"tune": "top:3", "cache_states": False}, r"encoder\.cache_states=false means nothing to "
+         r"encoder\.tune=top:3 of all layers"),
+        (LORA | {"lora": LoraOptions(layers=3), "cache_dtype": "float16"}, r"cache_dtype=float16 "
+         r"means nothing to encoder\.tune=lora of all layers"),
         (LORA | {"lora": LoraOptions(layers=4)}, r"encoder\.lora\.layers=4 but .* runs 3 blocks"),
         (LORA | {"lora": LoraOptions(targets="queries")}, r"encoder\.lora\.targets=queries names "
          r"no linear layer .*Use linear, attention, or some of dense, key, query, value"),

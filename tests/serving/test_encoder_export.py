@@ -35,8 +35,8 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
     "kind",
     [
         "frozen", "frozen, in 4 bits", "frozen beside ids", "lora", "lora, whitened",
-        "lora, spread", "rslora", "dora", "lora of the highest block", "qlora", "qlora with dora", "top:1",
-        "full",
+        "lora, spread", "rslora", "dora", "lora of the highest block", "qlora",
+        "qlora with dora", "top:1", "full",
     ],
 )  # fmt: skip
 def test_the_folder_gives_the_vectors_that_the_run_gives(
