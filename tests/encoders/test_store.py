@@ -112,9 +112,8 @@ def test_what_moves_vectors_by_rounding_alone_does_not_change_the_key(encode, ch
 
 def test_the_key_of_a_store_filled_before_there_were_prompts_and_quantisation_is_still_the_same():
     place = Location("some/bert", "commit", "weights")
-    folder, about = store.encoder_folder(
-        Path("S"), EncoderConfig("some/bert", "commit"), place, "t1"
-    )
+    encoder = EncoderConfig("some/bert", "commit")
+    folder, about = store.encoder_folder(Path("S"), encoder, place, "t1")
     assert folder == Path("S/some-bert-f225b6c7e4587bb0")
     assert {"prompt", "quantisation", "attention", "placement"}.isdisjoint(about)
 
