@@ -53,7 +53,7 @@ def plainly(encoder, read=lambda encoder, *inputs: encoder.read(*inputs)):
     """Vectors and gradients of the whole model."""
     tokens = encoder.tokenize([TEXTS[row] for row in ROWS])
     assert [len(ids) for ids in tokens] == [4, 14, 6, 4, 3]  # words and two special tokens
-    vectors = read(encoder, *encoder._inputs(tokens))
+    vectors = read(encoder, *encoder.inputs(tokens))
     return vectors.detach(), gradients(encoder, vectors)
 
 
@@ -224,7 +224,7 @@ def test_lower_blocks_and_the_token_table_are_freed(folders):
 
 def test_the_lower_part_runs_in_evaluation_mode_and_the_upper_comes_back(folders):
     encoder = loaded(folders["bert"], 1)
-    inputs = encoder._inputs(encoder.tokenize([TEXTS[0]]))
+    inputs = encoder.inputs(encoder.tokenize([TEXTS[0]]))
     whole = encoder.model(inputs[0], output_hidden_states=True).hidden_states
     before = list(encoder.blocks)
     for below in (1, 2):
@@ -248,7 +248,7 @@ def test_a_model_that_leaves_out_the_block_that_brings_the_states_is_caught(fold
     only_top(encoder, 1)
     encoder.model.get_decoder().layerdrop = 1.0
     encoder.model.train()
-    inputs = encoder._inputs(encoder.tokenize([TEXTS[0]]))
+    inputs = encoder.inputs(encoder.tokenize([TEXTS[0]]))
     with pytest.raises((RuntimeError, AssertionError), match="only blocks may be in training"):
         read_top(encoder, torch.zeros(1, 6, 32), *inputs)
 

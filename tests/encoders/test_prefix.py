@@ -310,7 +310,7 @@ def killed_at(cache, number):
 
         code = 99
         try:
-            TextEncoder._inputs = deadly(TextEncoder._inputs)
+            TextEncoder.inputs = deadly(TextEncoder.inputs)
             runs.sync = deadly(runs.sync)
             cache()
             code = 0
@@ -352,14 +352,14 @@ def test_what_a_kill_left_a_day_ago_is_swept_and_younger_work_is_not(cache):
 
 
 def test_what_another_process_made_meanwhile_stays_and_is_read(cache, monkeypatch):
-    check, there = prefix._check_writable, []
+    check, there = prefix.check_writable, []
 
     def meanwhile(folder):
-        monkeypatch.setattr(prefix, "_check_writable", check)
+        monkeypatch.setattr(prefix, "check_writable", check)
         cache()
         there.append((folder / "states.npy").stat().st_ino)
 
-    monkeypatch.setattr(prefix, "_check_writable", meanwhile)
+    monkeypatch.setattr(prefix, "check_writable", meanwhile)
     cached = cache()
     assert cached.lengths.tolist() == LENGTHS
     (folder,) = cache.store.iterdir()
