@@ -91,6 +91,11 @@ class TrainConfig:
         """Refuse a tuned encoder where no text is read."""
         if not self.encoder.tuned:
             return
+        if self.model.name not in USER_MODELS:
+            raise UsageError(
+                f"encoder.tune={self.encoder.tune} means nothing to model.name={self.model.name}, "
+                "which learns nothing. Use encoder.tune=frozen."
+            )
         if self.tower.name == "id" or self.tower.control in ("random", "tfidf"):
             what = f"tower.control={self.tower.control}"
             raise UsageError(

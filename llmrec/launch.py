@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from llmrec.errors import UsageError
 
@@ -64,6 +66,8 @@ def start(precision: Literal["auto", "fp32", "bf16"]) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=not torch.accelerator.is_available(),  # unsaid, torchrun's processes would not join
+        # One process encodes a catalogue while the others wait, which takes hours for large models.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if accelerator.num_processes != wanted:
         raise UsageError(

@@ -38,7 +38,7 @@ from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import effective, load_dataset
 from llmrec.data.splits import fit_ends, split, summary, training_counts
 from llmrec.encoders.store import Encoded
-from llmrec.encoders.tuned import out_of_memory
+from llmrec.encoders.text import out_of_memory
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import Measure, Ranking, merge
@@ -241,7 +241,10 @@ def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict
         model = refitted.model
     if encoded is not None:
         cost |= {f"encode_{name}": value for name, value in encoded.cost.items()}
-        cost |= {"encoder": encoded.encoder, "flops": cost["flops"] + encoded.cost["flops"]}
+        cost |= {"encoder": encoded.encoder}
+        # Once each: texts before training, the frozen blocks below, the catalogue as it is judged.
+        for name in ("encode_flops", "cache_flops", "catalogue_flops"):
+            cost["flops"] += cost.get(name, 0)
     assert fitted.validation is not None
     return {"valid": fitted.validation, "test": evaluate(task, model, "test")}, cost
 
@@ -295,7 +298,6 @@ def fit(
     if model.tower.language_model is not None:
         costs = gather_object([model.tower.language_model.cost()])
         cost |= max(costs, key=lambda cost: cost["memory_halvings"])
-        cost["flops"] += cost["catalogue_flops"] + cost.get("cache_flops", 0)
     validation = None if refit_epochs else evaluate(task, model, "valid")
     return Fitted(model, progress.best_epoch, validation, cost)
 

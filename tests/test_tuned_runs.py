@@ -13,8 +13,9 @@ from small_runs import command, journal, per_user, record, refusal, train
 from still_models import save_still_model
 
 from llmrec import checkpoints, train_tcf
+from llmrec.encoders.text import out_of_memory
 from llmrec.encoders.tower import TunedTextTower
-from llmrec.encoders.tuned import TunedEncoder, out_of_memory
+from llmrec.encoders.tuned import TunedEncoder
 from llmrec.evaluation.result import differing, flatten, identity
 from llmrec.models.recommender import Recommender
 from llmrec.options import as_dict

@@ -1,4 +1,4 @@
-"""Tuning must find a planted signal that frozen vectors hide, and say so with a p that means it."""
+"""Tuning must find what the frozen vectors of an untrained reader hide, with a p that means it."""
 
 import json
 import re

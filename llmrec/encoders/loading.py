@@ -98,7 +98,7 @@ def _on_the_hub(config: EncoderConfig) -> Location:
     """The newest commit of a hub model's revision, or without a network the one in the cache."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    failures = _hub_failures()
+    failures = hub_failures()
     try:
         url = hf_hub_url(config.model, "config.json", revision=config.revision)
         get_hf_file_metadata(url, timeout=10)  # one try; a download would retry for half a minute
@@ -117,7 +117,7 @@ def _on_the_hub(config: EncoderConfig) -> Location:
     return Location(source, snapshot.name, snapshot.name)
 
 
-def _hub_failures() -> tuple[type[Exception], ...]:
+def hub_failures() -> tuple[type[Exception], ...]:
     """What the hub's client raises when a model or the network is not there."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -283,7 +283,7 @@ def _small_json(config: EncoderConfig, place: Location, name: str) -> Any:
             file = Path(hf_hub_download(place.source, name, revision=place.revision))
         except RemoteEntryNotFoundError:
             return None
-        except _hub_failures() as error:
+        except hub_failures() as error:
             raise UsageError(_unreachable(config)) from error
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -41,7 +41,7 @@ from llmrec.encoders.store import (
     remedy,
     text_digest,
 )
-from llmrec.encoders.text import TextEncoder, length_sorted
+from llmrec.encoders.text import TextEncoder, in_memory, length_sorted
 from llmrec.errors import UsageError
 from llmrec.progress import progress_bar
 from llmrec.runs import check_folder, new_folder
@@ -246,9 +246,14 @@ def _write_states(
     np.lib.format.write_array_header_1_0(file, about)
     with only_lower(encoder, below) as read, progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("caching states of items", total=len(tokens))
+
+        def rows_of(part: list[list[int]]) -> Tensor:
+            ids, real = encoder.inputs(part)
+            return read(ids, real)[real].cpu()
+
         for batch in batches:
-            ids, real = encoder.inputs([tokens[n] for n in batch])
-            states = read(ids, real)[real].cpu()  # (tokens of the batch, H), row by row
+            # (tokens of the batch, H), row by row
+            states = in_memory(rows_of, [tokens[n] for n in batch])
             if not states.isfinite().all():
                 raise UsageError(
                     f"encoder.model={encoder.config.model} gave states that are not finite in "

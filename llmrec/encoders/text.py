@@ -34,7 +34,16 @@ from llmrec.encoders.blockwise import BlocksOnDisk, load_without_blocks, model_c
 from llmrec.encoders.loading import MINILM, EncoderConfig, Location, locate, with_own_reading
 from llmrec.errors import UsageError
 
-__all__ = ["MINILM", "EncoderConfig", "Location", "TextEncoder", "length_sorted", "locate"]
+__all__ = [
+    "MINILM",
+    "EncoderConfig",
+    "Location",
+    "TextEncoder",
+    "in_memory",
+    "length_sorted",
+    "locate",
+    "out_of_memory",
+]
 
 
 class TextEncoder:
@@ -270,9 +279,11 @@ class TextEncoder:
         share = 1 if self.on_disk is None else 1 / len(self.blocks)
 
         def read_batch(number: int) -> Tensor:
-            inputs = self.inputs([tokens[place] for place in batches[number]])
-            with torch.inference_mode():
-                return self.read(*inputs)
+            def pooled(part: list[list[int]]) -> Tensor:
+                with torch.inference_mode():
+                    return self.read(*self.inputs(part))
+
+            return in_memory(pooled, [tokens[place] for place in batches[number]])
 
         def done(number: int) -> None:
             advance(len(batches[number]) * share)
@@ -371,6 +382,33 @@ def _blocks(model: nn.Module, depth: int, name: str) -> nn.ModuleList:
         f"encoder.model={name} keeps its {depth} layers in no list that llmrec can find."
         " Use another model, one whose layers do not share their weights."
     )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def in_memory(read: Callable[[list[list[int]]], Tensor], tokens: list[list[int]]) -> Tensor:
+    """What `read` makes of texts, one after the other; of halves of them where memory runs out.
+
+    Raises:
+        UsageError: A single text does not fit.
+    """
+    try:
+        return read(tokens)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    if len(tokens) == 1:
+        raise UsageError(
+            "memory does not even suffice for one item text at a time. Lower "
+            "encoder.max_item_tokens, or use a smaller model."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(tokens) // 2
+    return torch.cat([in_memory(read, tokens[:half]), in_memory(read, tokens[half:])])
 
 
 def length_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> Iterator[NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmrec.encoders.prefix import cache_states, only_top, read_top
-from llmrec.encoders.text import TextEncoder, length_sorted
+from llmrec.encoders.text import TextEncoder, length_sorted, out_of_memory
 from llmrec.encoders.tuning import TunableEncoder, make_trainable
 from llmrec.errors import UsageError
 
@@ -175,8 +175,3 @@ class TunedEncoder(nn.Module):
 def _size(weight: Tensor) -> int:
     """Numbers that a weight stands for; nf4 packs two in a byte."""
     return weight.quant_state.shape.numel() if hasattr(weight, "quant_state") else weight.numel()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -50,8 +50,9 @@ class TunableEncoder(EncoderConfig):
 
     tune: str = "frozen"
     """frozen: encode once, train on the vectors; lora: low-rank adapters; qlora: adapters over a
-    quantised model (encoder.quantisation, nf4 if not given); top:k: the highest k blocks; full:
-    all weights."""
+    quantised model (encoder.quantisation; none means nf4 here); top:k: the highest k blocks; full:
+    all weights. Every item of a step is read with gradients, so prefer loss.name=in_batch: the
+    full softmax's step reads the whole catalogue."""
     lr: float = 5e-5
     """Peak learning rate of the language model's weights; the projection above it learns at
     optim.lr. Adapters like 1e-4 and more."""
@@ -113,15 +114,16 @@ class TunableEncoder(EncoderConfig):
     def _refuse_ignored(self, partial: bool) -> None:
         """Refuse options without effect; `partial`: whether some blocks stay frozen below."""
         defaults = TunableEncoder.__dataclass_fields__
-        tuning = ("lr", "weight_decay", "checkpointing", "step_tokens")
+        tuning = ("dropout", "lr", "weight_decay", "checkpointing", "step_tokens")
         reads = dict.fromkeys(tuning, self.tuned)
-        reads |= dict.fromkeys(("cache_states", "cache_dtype", "cache_gigabytes"), partial)
+        reads |= {"cache_states": partial}
+        reads |= dict.fromkeys(("cache_dtype", "cache_gigabytes"), partial and self.cache_states)
         for option, read in reads.items():
             if not read and getattr(self, option) != defaults[option].default:
                 raise UsageError(
                     f"encoder.{option}={str(getattr(self, option)).lower()} means nothing to "
                     f"encoder.tune={self.tune}"
-                    f"{'' if option[:5] != 'cache' else ' of all layers'}. Leave it out."
+                    f"{_where_no_cache(partial) if option[:5] == 'cache' else ''}. Leave it out."
                 )
         if self.lora != LoraOptions() and self.tune not in ("lora", "qlora"):
             raise UsageError(
@@ -161,6 +163,10 @@ class TunableEncoder(EncoderConfig):
         return count
 
 
+def _where_no_cache(partial: bool) -> str:
+    return " with encoder.cache_states=false" if partial else " of all layers"
+
+
 def make_trainable(encoder: TextEncoder, config: TunableEncoder) -> None:
     """Choose what learns; no loaded weight is changed, so the first output is the plain model's.
 
@@ -177,6 +183,12 @@ def make_trainable(encoder: TextEncoder, config: TunableEncoder) -> None:
     else:
         _add_adapters(encoder, tuned, config)
     if config.checkpointing:
+        if not cast(PreTrainedModel, encoder.model).supports_gradient_checkpointing:
+            raise UsageError(
+                f"encoder.checkpointing=true is not offered by {config.model} "
+                f"({type(encoder.model).__name__}). Leave it out; encoder.step_tokens bounds "
+                "memory too."
+            )
         cast(PreTrainedModel, encoder.model).gradient_checkpointing_enable({"use_reentrant": False})
     _freeze_unused(encoder)
 

@@ -25,6 +25,7 @@ WIDTH = 100
 COST_COLUMNS = {
     "train_seconds": "train s",
     "encode_seconds": "encode s",
+    "cache_seconds": "cache s",
     "trainable_parameters": "trainable",
     "flops": "FLOPs",
     "peak_memory_bytes": "peak memory",
@@ -220,11 +221,12 @@ def _beyond_cell(value: Mapping[str, float | None] | None, factor: int, form: st
 
 
 def _cost(record: Mapping[str, Any]) -> Grid:
-    lines = [
-        [row["label"], *(_amount(name, row["cost"].get(name)) for name in COST_COLUMNS)]
-        for row in record["rows"]
-    ]
-    return Grid(("cost", *COST_COLUMNS.values()), lines)
+    rows = record["rows"]
+    # Only tuned rows cache; elsewhere the column would be empty.
+    caching = any("cache_seconds" in row["cost"] for row in rows)
+    shown = {n: title for n, title in COST_COLUMNS.items() if caching or n != "cache_seconds"}
+    lines = [[row["label"], *(_amount(n, row["cost"].get(n)) for n in shown)] for row in rows]
+    return Grid(("cost", *shown.values()), lines)
 
 
 def _amount(name: str, value: float | None) -> str:

@@ -12,7 +12,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from llmrec.encoders.loading import _hub_failures
+from llmrec.encoders.loading import hub_failures
 from llmrec.errors import UsageError
 
 KINDS = {"encoder": "model", "items": "dataset"}
@@ -62,7 +62,7 @@ def push(folder: Path, name: str, what: str, public: bool) -> str:
         huggingface_hub.upload_folder(
             repo_id=name, folder_path=folder, repo_type=kind, commit_message="Exported by llmrec"
         )
-    except _hub_failures() as error:
+    except hub_failures() as error:
         # The hub's own words may repeat a request, so only its kind and number are shown.
         number = f" {error.response.status_code}" if isinstance(error, HfHubHTTPError) else ""
         raise UsageError(

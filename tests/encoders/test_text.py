@@ -266,3 +266,27 @@ def test_minilm_equals_sentence_transformers():
     assert (
         encoder.non_embedding_parameters == 10_795_392
     )  # of 22.7 million: the rest is look-up tables
+
+
+def test_where_memory_runs_out_the_texts_are_read_in_halves_and_the_vectors_stay(
+    tiny_models, monkeypatch
+):
+    encoder = TextEncoder(EncoderConfig(model=str(tiny_models["bert"])), CPU)
+    expected, _ = encoder.encode(TEXTS)
+    states, sizes = encoder._states, []
+
+    def small_machine(ids, real, final):
+        sizes.append(len(ids))
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return states(ids, real, final)
+
+    monkeypatch.setattr(encoder, "_states", small_machine)
+    vectors, _ = encoder.encode(TEXTS)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-5, atol=1e-6)
+    assert max(sizes) > 1
+    monkeypatch.setattr(
+        encoder, "_states", lambda *inputs: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
+    with pytest.raises(UsageError, match=r"one item text at a time\. Lower encoder\.max_item"):
+        encoder.encode(TEXTS)
