@@ -155,8 +155,7 @@ class TunedTextTower(ItemTower):
         read = self.encoder(
             rows[filled] if len(filled) else np.array([self.encoder.lengths.argmax()])
         )
-        with torch.autocast(read.device.type, enabled=False):  # whitening magnifies rounding
-            vectors = (read.float() - self.mean) @ self.directions  # (m', H) x (H, H') -> (m', H')
+        vectors = (read - self.mean) @ self.directions  # (m', H) x (H, H') -> (m', H')
         features = vectors.new_zeros(len(rows), vectors.shape[1])  # empty texts stay zero
         places = torch.from_numpy(filled).to(vectors.device)
         features = features.index_add(0, places, vectors[: len(filled)])

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tiny_models import save_tiny_model
 from tuned_parts import CPU
 
 from llmrec.assembly import TrainConfig
@@ -11,6 +12,7 @@ from llmrec.encoders.text import TextEncoder
 from llmrec.encoders.tower import TowerConfig
 from llmrec.encoders.tuning import LoraOptions, TunableEncoder, make_trainable
 from llmrec.errors import UsageError
+from llmrec.models.sasrec import UserModelConfig
 from llmrec.options import parse
 
 
@@ -236,3 +238,34 @@ def test_qlora_quantises_in_four_bits_unless_told_otherwise():
     assert TunableEncoder(tune="qlora", quantisation="int8").quantisation == "int8"
     assert TunableEncoder(tune="qlora").frozen_encoder.quantisation == "nf4"
     assert TunableEncoder(tune="lora").quantisation == "none"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dropout": True}, r"encoder\.dropout=true means nothing to encoder\.tune=frozen"),
+        (
+            {"tune": "top:2", "cache_states": False, "cache_dtype": "bfloat16"},
+            r"encoder\.cache_dtype=bfloat16 .* with encoder\.cache_states=false\. Leave it out",
+        ),
+        (
+            {"tune": "top:2", "cache_states": False, "cache_gigabytes": 1.0},
+            r"encoder\.cache_gigabytes=1\.0 means nothing",
+        ),
+    ],
+)
+def test_an_option_that_another_one_makes_idle_is_refused(options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        TunableEncoder(**options)
+
+
+def test_a_baseline_has_no_language_model_to_tune():
+    with pytest.raises(UsageError, match=r"model\.name=popularity, which learns nothing"):
+        TrainConfig(encoder=TunableEncoder(tune="lora"), model=UserModelConfig(name="popularity"))
+
+
+def test_checkpointing_that_an_architecture_does_not_offer_is_refused(tmp_path):
+    folder = save_tiny_model("mpnet", tmp_path)
+    config = TunableEncoder(model=str(folder), tune="full", checkpointing=True)
+    with pytest.raises(UsageError, match=r"encoder\.checkpointing=true is not offered by"):
+        make_trainable(TextEncoder(config, CPU), config)
