@@ -46,6 +46,8 @@ _READ = {"users_read": "users", "interactions_read": "interactions"}
 _DROPPED = {
     "users_dropped_too_few_interactions": "users with too few interactions",
     "interactions_dropped_with_their_user": "interactions with them",
+    "users_dropped_outside_sample": "users outside the sample",
+    "interactions_dropped_outside_sample": "interactions with them",
     "interactions_dropped_beyond_most_recent": "interactions before the most recent",
     "items_dropped_without_interactions": "items without interactions",
     "test_dropped_empty_history": "test users without history",
