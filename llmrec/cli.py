@@ -20,6 +20,13 @@ VERBS = {
         "llmrec.serving.export",
         "write a run's text encoder or item vectors for use elsewhere",
     ),
+    "score": ("llmrec.score", "rank a finished run's test cases on candidate lists"),
+    "chat": ("llmrec.chat.command", "ask a chat model about test cases and score its answers"),
+    "chat show": ("llmrec.chat.show", "show one case: prompt, answer, parse and verdict"),
+    "chat injection": (
+        "llmrec.chat.attack",
+        "measure how far payloads inside titles lift their items",
+    ),
     "data prepare": ("llmrec.data.prepared", "read a data set once, for any number of runs"),
     "data audit": (
         "llmrec.data.audit.command",
@@ -58,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["-V"], ["--version"]):
         sys.stdout.write(f"llmrec {llmrec.__version__}\n")
         return 0
-    for length in (1, 2):
+    for length in (2, 1):  # `chat show` before `chat`
         verb = " ".join(words[:length])
         if verb in VERBS:
             try:

@@ -175,3 +175,17 @@ def _one_sentence(message: str) -> str:
     readable = [re.sub(r"<class '(\w+)'>", r"\1", want) for want in wanted]
     readable = [re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", want) for want in readable]
     return f"--{option[1]} got {given[1]} but takes {' or '.join(readable)}."
+
+
+def option_names(config_class: type) -> frozenset[str]:
+    """The dotted names of a config's options."""
+    found: set[str] = set()
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        inner = hints[field.name]
+        if dataclasses.is_dataclass(inner):
+            names = option_names(typing.cast(type, inner))
+            found |= {f"{field.name}.{name}" for name in names}
+        else:
+            found.add(field.name)
+    return frozenset(found)

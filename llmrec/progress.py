@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmrec.errors import UsageError
 from llmrec.runs import JOURNAL, Journal
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 def progress_bar(console: Console) -> Progress:
@@ -23,6 +27,52 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+class Tell(Protocol):
+    """Tells of requests that were answered since the last call; called with zeros too."""
+
+    def __call__(self, answers: int, retries: int, tokens: int) -> None:
+        """So many more answers, repeated sendings and tokens."""
+
+
+@contextlib.contextmanager
+def rate_bar(console: Console, total: int, done: int) -> Iterator[Tell]:
+    """Done, total, answers per second, remaining time, retries and tokens of a chat run.
+
+    A bar on a terminal; in a log a plain line every 30 s.
+
+    Args:
+        console: Where it is shown.
+        total: Requests of the run.
+        done: Those that an earlier run has answered.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("  asking", total=total, completed=done, told="")
+    began = said = time.monotonic()
+    answered = retried = used = 0
+
+    def tell(answers: int, retries: int, tokens: int) -> None:
+        nonlocal answered, retried, used, said
+        answered, retried, used = answered + answers, retried + retries, used + tokens
+        now = time.monotonic()
+        rate = answered / max(now - began, 1e-9)
+        told = f"{rate:.1f}/s, {retried} retries, {used:,} tokens"
+        bar.update(task, advance=answers, told=told)
+        if not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            left = f", {(total - done - answered) / rate:.0f} s left" if answered else ""
+            console.print(f"  asked {done + answered} of {total}, {told}{left}")
+
+    with bar:
+        yield tell
 
 
 class EpochLog:

@@ -30,19 +30,21 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 
-from llmrec import checkpoints
-from llmrec.assembly import TrainConfig, build, read_texts
+from llmrec import assembly, checkpoints
+from llmrec.assembly import TrainConfig
 from llmrec.checkpoints import Progress
-from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows, windows
+from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import effective, load_dataset
-from llmrec.data.splits import fit_ends, split, summary, training_counts
+from llmrec.data.splits import fit_ends, split, summary
 from llmrec.encoders.store import Encoded
 from llmrec.encoders.text import out_of_memory
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import Measure, Ranking, merge
-from llmrec.evaluation.ranking import UserVectors, rank
+from llmrec.evaluation.pools import Pools, write_pools
+from llmrec.evaluation.products import Scores
+from llmrec.evaluation.ranking import rank_scores
 from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
 from llmrec.launch import sharded, start
 from llmrec.models.baselines import BASELINES
@@ -55,8 +57,6 @@ from llmrec.progress import EpochLog, progress_bar
 from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
 
 Part = Literal["valid", "test"]
-HISTORIES = 512
-"""Histories encoded at once in an evaluation."""
 PROG, DESCRIPTION = (
     "llmrec train",
     "Train one recommender, select it on validation, score it once on test.",
@@ -74,6 +74,8 @@ class Task:
     """What decides the run's numbers: options, data, encoder."""
     accelerator: Accelerator
     console: Console
+    pools: Pools | None = None
+    """What each test case is ranked among; None: among all candidates."""
 
     @property
     def folder(self) -> Path:
@@ -146,7 +148,11 @@ def run(argv: Sequence[str]) -> int:
     dataset = load_dataset(config.data)
     who = identity(as_dict(config), dataset.fingerprint())
     who |= {"number format": accelerator.mixed_precision, "device": accelerator.device.type}
-    task = Task(config, dataset, split(dataset, config.split), who, accelerator, console)
+    ends, cut = fit_ends(dataset.interactions, config.split), split(dataset, config.split)
+    asked, pools = assembly.test_questions(
+        config.evaluation.pool, dataset, cut, ends, accelerator.device
+    )
+    task = Task(config, dataset, asked, who, accelerator, console, pools)
     console.print(
         f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
         f"{dataset.interactions.user_count} users, {dataset.item_count} items, "
@@ -156,12 +162,12 @@ def run(argv: Sequence[str]) -> int:
     )
     console.print(f"  {summary(dataset, task.split)}")
     learns = config.model.name not in BASELINES
-    encoded = prepare(task) if learns else None  # may refuse, so before the folder is made
+    encoded = prepare(task, learns)  # may refuse, so before the folder is made
     if encoded is not None:
         who |= {"encoder weights": encoded.encoder["weights"]}
     with alone(task.folder) if accelerator.is_main_process else contextlib.nullcontext():
         open_or_resume(task)
-        rankings, cost = train(task, encoded) if learns else score_baseline(task)
+        rankings, cost = (train if learns else score_baseline)(task, encoded)
         if accelerator.is_main_process:
             finish(task, rankings, cost)
         accelerator.wait_for_everyone()
@@ -184,26 +190,45 @@ def open_or_resume(task: Task) -> None:
         accelerator.wait_for_everyone()  # all have looked
         if accelerator.is_main_process:
             open_run(task.folder, as_yaml(task.config), run.overwrite)
+    if accelerator.is_main_process and task.pools is not None:
+        write_pools(task.folder, task.dataset, task.split.test, task.pools)
     accelerator.wait_for_everyone()
 
 
-def score_baseline(task: Task) -> tuple[dict[str, Ranking], dict[str, Any]]:
-    """Count, then rank: the rows that learn nothing by gradients."""
-    began, interactions = time.perf_counter(), task.dataset.interactions
-    ends = fit_ends(interactions, task.config.split, task.config.run.fit_on)
-    items = BASELINES[task.config.model.name](
-        training_counts(interactions, ends, task.dataset.item_count)
-    )
-    ranking = rank_cases(task, lambda cases: torch.ones(len(cases), 1), items, "test")
-    return {"test": ranking}, {
-        "train_seconds": time.perf_counter() - began,
-        "trainable_parameters": 0,
-        "flops": 0,
-    }
+def score_baseline(
+    task: Task, encoded: Encoded | None
+) -> tuple[dict[str, Ranking], dict[str, Any]]:
+    """Count or read, then rank: the rows that learn nothing by gradients."""
+    began, config = time.perf_counter(), task.config
+    ends = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
+    scores = assembly.baseline_scores(config, task.dataset, task.split.test, ends, encoded)
+    ranking = rank_cases(task, scores, "test")
+    cost = {"train_seconds": time.perf_counter() - began, "trainable_parameters": 0, "flops": 0}
+    return {"test": ranking}, with_encoding(cost, encoded)
 
 
-def prepare(task: Task) -> Encoded | None:
-    """Refuse what cannot be trained and encode the items' text, for towers that read it."""
+def with_encoding(cost: dict[str, Any], encoded: Encoded | None) -> dict[str, Any]:
+    """A run's cost with that of the text vectors that it read."""
+    if encoded is None:
+        return cost
+    cost |= {f"encode_{name}": value for name, value in encoded.cost.items()}
+    cost |= {"encoder": encoded.encoder}
+    # Once each: texts before training, the frozen blocks below, the catalogue as it is judged.
+    for name in ("encode_flops", "cache_flops", "catalogue_flops"):
+        cost["flops"] += cost.get(name, 0)
+    return cost
+
+
+def prepare(task: Task, learns: bool) -> Encoded | None:
+    """Refuse what cannot be trained, and encode the items' text where it is read."""
+    if learns:
+        refuse_untrainable(task)
+    with task.accelerator.main_process_first():  # the others then find everything in the store
+        return assembly.read_texts(task.config, task.dataset.catalog, task.accelerator.device)
+
+
+def refuse_untrainable(task: Task) -> None:
+    """Refuse data that is too little to train on, and options that do not fit it."""
     config, accelerator = task.config, task.accelerator
     ends = fit_ends(task.dataset.interactions, config.split, "train")
     rows = TrainingRows.of(task.dataset.interactions, ends, config.model.max_length)
@@ -223,8 +248,6 @@ def prepare(task: Task) -> Encoded | None:
         )
     if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("run.tensorboard needs an extra: pip install 'llmrec[report]'.")
-    with accelerator.main_process_first():  # the others then find everything in the store
-        return read_texts(config, task.dataset.catalog, accelerator.device)
 
 
 def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict[str, Any]]:
@@ -239,14 +262,9 @@ def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict
         for name in ("train_seconds", "flops"):
             cost[name] += refitted.cost[name]
         model = refitted.model
-    if encoded is not None:
-        cost |= {f"encode_{name}": value for name, value in encoded.cost.items()}
-        cost |= {"encoder": encoded.encoder}
-        # Once each: texts before training, the frozen blocks below, the catalogue as it is judged.
-        for name in ("encode_flops", "cache_flops", "catalogue_flops"):
-            cost["flops"] += cost.get(name, 0)
     assert fitted.validation is not None
-    return {"valid": fitted.validation, "test": evaluate(task, model, "test")}, cost
+    rankings = {"valid": fitted.validation, "test": evaluate(task, model, "test")}
+    return rankings, with_encoding(cost, encoded)
 
 
 def fit(
@@ -315,7 +333,7 @@ def start_stage(
         shares, sampler = config.loss.shares, config.loss.sampler
         negatives = SharedNegatives.of(*data, sampler) if shares else NegativeSampler(*data)
     with accelerator.main_process_first():  # the others then find the cached states
-        model = build(config, dataset, encoded, train_end, accelerator.device)
+        model = assembly.build(config, dataset, encoded, train_end, accelerator.device)
     if sharded():
         shard(model, accelerator.device)
     language = model.tower.language_model
@@ -474,28 +492,16 @@ def save_state(task: Task, learner: Learner, loss: float) -> None:
 def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:
     """Rank the validation or test cases, shared by the processes; each of them gets all."""
     cases = task.split.test if part == "test" else task.split.valid
-    interactions, device = task.dataset.interactions, task.accelerator.device
-    model.eval()
-    with torch.inference_mode():
-        items = model.item_vectors()
-
-    @torch.inference_mode()
-    def users(block: Int64) -> Tensor:
-        pieces = []
-        for first in range(0, len(block), HISTORIES):
-            piece = block[first : first + HISTORIES]
-            seen = windows(
-                interactions, cases.user[piece], cases.end[piece], task.config.model.max_length
-            )
-            pieces.append(model.user_vectors(torch.from_numpy(seen).to(device), items))
-        return torch.cat(pieces)
-
-    return rank_cases(task, users, items, part)
+    interactions, length = task.dataset.interactions, task.config.model.max_length
+    device = task.accelerator.device
+    return rank_cases(
+        task, assembly.recommender_scores(model, interactions, cases, length, device), part
+    )
 
 
-def rank_cases(task: Task, users: UserVectors, items: Tensor, part: Part) -> Ranking:
+def rank_cases(task: Task, scores: Scores, part: Part) -> Ranking:
     """Rank this process's blocks of cases and gather everybody's."""
-    test, accelerator = part == "test", task.accelerator
+    test, accelerator, dataset = part == "test", task.accelerator, task.dataset
     cases = task.split.test if test else task.split.valid
     candidates = task.split.test_candidates if test else task.split.valid_candidates
     if not len(cases):
@@ -503,12 +509,12 @@ def rank_cases(task: Task, users: UserVectors, items: Tensor, part: Part) -> Ran
             f"the split has no {part} case. "
             f"Change split.{part}_share or data.min_user_interactions."
         )
-    ranked = rank(
-        users,
-        items,
-        task.dataset.interactions,
+    ranked = rank_scores(
+        scores,
+        dataset.item_count,
+        dataset.interactions,
         cases,
-        candidates,
+        task.pools if test and task.pools is not None else candidates,
         task.config.evaluation,
         accelerator.process_index,
         accelerator.num_processes,
@@ -542,7 +548,9 @@ def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> No
         cost=cost | {"peak_memory_bytes": peak},
     )
     learned = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
-    result = build_result(facts, task.dataset, task.split, rankings, learned_end=learned)
+    result = build_result(
+        facts, task.dataset, task.split, rankings, learned_end=learned, pools=task.pools
+    )
     record = write_result(task.folder, result, run_card)
     checkpoints.finish_checkpoints(task.folder)
     test = record["metrics"]["test"]

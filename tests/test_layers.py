@@ -15,8 +15,9 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "errors",
     "resources runs doctor",
     "options progress checkpoints launch",
-    "data.interactions data.tfidf",
-    "evaluation.ranking evaluation.metrics evaluation.significance evaluation.slices "
+    "data.interactions data.tfidf data.titles",
+    "evaluation.ranking evaluation.pools evaluation.products evaluation.metrics evaluation.ratings "
+    "evaluation.significance evaluation.slices "
     "evaluation.beyond encoders.text encoders.loading encoders.blockwise encoders.tuning "
     "encoders.sharing data",
     "models encoders.tower encoders.tuned encoders.store "
@@ -25,16 +26,17 @@ LAYERS = [  # 0 first; a name covers the modules below it
     # models.recommender joins a tower and a user model
     "evaluation.result models.recommender models.sharding evaluation.card",
     "assembly",
-    "train_tcf prompting.train_p5 prompting.rating chat serving transfer",
+    "train_tcf score prompting.train_p5 prompting.rating chat serving transfer",
     "reporting",
-    "evaluation.suite studies",  # they print the tables that reporting makes
+    "evaluation.suite evaluation.programs studies",  # they print the tables that reporting makes
     "cli",
     "__main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 NO_TORCH = (
-    r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|evaluation\.(metrics|significance)|"
+    r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|"
+    r"evaluation\.(metrics|significance|pools|ratings)|chat\.(requests|journal|parsing|client)|"
     r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it
@@ -45,6 +47,9 @@ ONLY_IN = {  # third-party package -> the modules that may import it
     r"prompting\.(train_p5|rating)|transfer\.pretrain",
     "vllm": r"chat\..*|encoders\.store.*",
     "openai": r"chat\..*|encoders\.store.*",
+    "aiohttp": r"chat\..*",
+    "rapidfuzz": r"(chat|prompting)\..*",
+    "bm25s": r"models\.baselines",
     "torch": rf"(?!{NO_TORCH}$).*",
 }
 FILES = {"prompts", "eval", "configs", "tests", "benchmarks"}  # top-level folders, never modules

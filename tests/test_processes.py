@@ -63,6 +63,18 @@ def test_an_odd_number_of_users_is_judged_alike_by_one_and_two_processes(tmp_pat
     assert record(one)["metrics"] == record(two)["metrics"]
 
 
+@pytest.mark.parametrize("name", ["sasrec", "bm25"])
+def test_candidate_lists_are_judged_alike_by_one_and_two_processes(tmp_path, name):
+    options = {"model__name": name, "optim__lr": 1e-30, "evaluation__pool__size": 20}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(command(one, **options))[0] == [0]
+    assert run(command(two, **options), processes=2)[0] == [0, 0]
+    assert per_user(one).equals(per_user(two))
+    lists = [(folder / "candidates.parquet").read_bytes() for folder in (one, two)]
+    assert lists[0] == lists[1]
+    assert record(one)["protocol"] == record(two)["protocol"]
+
+
 def launched(*words, **environment):
     """A program of its own, from the shell's environment."""
     named = {**os.environ, **environment}

@@ -91,6 +91,10 @@ class Cases:
         """C."""
         return len(self.user)
 
+    def take(self, indices: Int64) -> Cases:
+        """Some of the cases, in the order named."""
+        return Cases(self.user[indices], self.end[indices], self.target[indices])
+
 
 @dataclass(frozen=True)
 class Split:

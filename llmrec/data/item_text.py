@@ -15,6 +15,8 @@ from llmrec.errors import UsageError, nearest
 from llmrec.resources import listing, shipped
 
 _HEADER = re.compile(r"\{#-?\s*(?P<entries>.*?)\s*-?#\}")
+OPTION = "data.item_text"
+"""Names an item-text template."""
 _HEADER_EXAMPLE = "{# id: title | version: 1 | inputs: title #}"
 
 
@@ -63,34 +65,38 @@ def load_template(name_or_path: str) -> Template:
                 f".jinja; {hint}"
             )
         path = shipped("prompts", f"item_text/{name_or_path}.jinja")
+    return parse_template(read_source(path), str(path))
+
+
+def read_source(path: Path, option: str = OPTION) -> str:
+    """A template file's text."""
     try:
-        source = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"data.item_text: {path} is not UTF-8; save it as UTF-8.") from error
-    return parse_template(source, str(path))
+        raise UsageError(f"{option}: {path} is not UTF-8; save it as UTF-8.") from error
 
 
-def parse_template(source: str, path: str) -> Template:
-    """Make a template of a file's text; `path` is for error messages."""
-    entries = _header_entries(source, path)
+def parse_template(source: str, path: str, option: str = OPTION) -> Template:
+    """Make a template of a file's text; `path` and `option` are for error messages."""
+    entries = _header_entries(source, path, option)
     if not entries["version"].isdecimal():
-        raise UsageError(f"data.item_text: {path} has version {entries['version']!r}; use 1, 2, ..")
+        raise UsageError(f"{option}: {path} has version {entries['version']!r}; use 1, 2, ..")
     inputs = tuple(name.strip() for name in entries["inputs"].split(",") if name.strip())
     try:
         used = jinja2.meta.find_undeclared_variables(_environment().parse(source))
     except jinja2.TemplateSyntaxError as error:
-        message = f"data.item_text: {path} line {error.lineno} is not valid Jinja ({error.message})"
+        message = f"{option}: {path} line {error.lineno} is not valid Jinja ({error.message})"
         raise UsageError(f"{message}; correct that line.") from error
     if used != set(inputs):
         raise UsageError(
-            f"data.item_text: the header of {path} says inputs: {', '.join(inputs) or 'none'}, but "
+            f"{option}: the header of {path} says inputs: {', '.join(inputs) or 'none'}, but "
             f"its body reads {', '.join(sorted(used)) or 'none'}; make them equal."
         )
     sha256 = hashlib.sha256(source.encode()).hexdigest()
     return Template(entries["id"], int(entries["version"]), inputs, source, sha256)
 
 
-def _header_entries(source: str, path: str) -> dict[str, str]:
+def _header_entries(source: str, path: str, option: str) -> dict[str, str]:
     first_line = source.partition("\n")[0].strip()
     match = _HEADER.fullmatch(first_line)
     parts = [] if match is None else match["entries"].split("|")
@@ -98,7 +104,7 @@ def _header_entries(source: str, path: str) -> dict[str, str]:
     entries = {key.strip(): value.strip() for key, _, value in pairs}
     if set(entries) != {"id", "version", "inputs"}:
         raise UsageError(
-            f"data.item_text: the first line of {path} must be a header with id, version and "
+            f"{option}: the first line of {path} must be a header with id, version and "
             f"inputs, like {_HEADER_EXAMPLE}"
         )
     return entries

@@ -8,7 +8,7 @@ from typing import Any
 from llmrec.evaluation.result import flatten
 from llmrec.runs import CONFIG
 
-SHOWN = ("HR@1", "HR@5", "HR@10", "HR@20", "NDCG@10", "MRR@10", "AUC")
+SHOWN = ("HR@1", "HR@5", "HR@10", "HR@20", "NDCG@10", "MRR@10", "RMSE", "MAE", "AUC")
 """Measures on the card; the others are in result.json."""
 BEYOND = {
     "coverage": "share of the candidates that somebody is recommended",
@@ -25,14 +25,14 @@ def run_card(record: Mapping[str, Any]) -> str:
     data, protocol, cost = record["data"], record["protocol"], dict(record["cost"])
     encoder = cost.pop("encoder", None)
     config_file = f"{record['config']['run']['folder']}/{CONFIG}"
+    verb = "chat" if "chat" in record["config"] else "train"
     sections = [
         f"# {record['label']}, seed {record['seed']}",
-        f"    llmrec train --config {config_file} --run.folder runs/again",
+        f"    llmrec {verb} --config {config_file} --run.folder runs/again",
         "## Result",
-        _quality(record["metrics"]),
-        _table("beyond accuracy", _beyond(record["beyond_accuracy"])),
+        *_result(record),
         "## Protocol",
-        _table("rule", protocol | {"test cases": record["cases"]["count"]}),
+        _table("rule", flatten(protocol) | {"test cases": record["cases"]["count"]}),
         "## Data",
         _table("", {k: v for k, v in data.items() if not isinstance(v, Mapping)}),
         _table("count", data["counts"]),
@@ -51,11 +51,18 @@ def run_card(record: Mapping[str, Any]) -> str:
         "## Options",
         _table("option", flatten(record["config"])),
         "## Cost",
-        _table("", cost),
+        _table("", flatten(cost)),
         "## Made with",
         _table("", record["versions"] | record["environment"]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _result(record: Mapping[str, Any]) -> list[str]:
+    if record.get("kind") == "rating":
+        return [_quality({"prediction": record["metrics"]["test"], **record["means"]})]
+    beyond = _table("beyond accuracy", _beyond(record["beyond_accuracy"]))
+    return [_quality(record["metrics"]), beyond]
 
 
 def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -63,7 +70,10 @@ def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     lines.append("| --- |" + " ---: |" * len(metrics))
     for name in SHOWN:
         cells = [values[name] for values in metrics.values() if name in values]
-        shown = [f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" for v in cells]
+        shown = [
+            "-" if v["mean"] is None else f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
+            for v in cells
+        ]
         if shown:
             lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)

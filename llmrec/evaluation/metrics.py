@@ -77,6 +77,66 @@ class Ranking:
             top_items=lists.astype(np.int32),
         )
 
+    @classmethod
+    def from_scores(
+        cls, scores: Float64, items: Int32, targets: Int32, users: Int64, top_k: int
+    ) -> Ranking:
+        """Rank by scores of each case's own candidates, ties averaged.
+
+        Args:
+            scores: Of the candidates, (C, K); NaN where a candidate got none. Such a one comes
+                after all others and is never listed; if it is the target, the case is a miss.
+            items: The candidates, padded with 0, (C, K); distinct within a row. A target that is
+                not among them is a miss.
+            targets: The true item of each case, (C,).
+            users: Their numbers, (C,); they decide the order in which tied items are listed.
+            top_k: Best items kept per case.
+
+        Raises:
+            ValueError: The shapes differ, a target is 0, or a row names an item twice.
+        """
+        if scores.shape != items.shape or {targets.shape, users.shape} != {(len(items),)}:
+            raise ValueError(
+                f"scores {scores.shape}, items {items.shape}, targets {targets.shape} and users "
+                f"{users.shape} are not (C, K), (C, K), (C,) and (C,)."
+            )
+        if (targets < 1).any():
+            raise ValueError("A target is 0, which is padding; items are 1..N.")
+        ordered = np.sort(items, axis=1)
+        if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any():
+            raise ValueError("A case names a candidate twice.")
+        scored = (items > 0) & ~np.isnan(scores)  # (C, K)
+        truth = scored & (items == targets[:, None])
+        reachable = truth.any(axis=1)
+        target_scores = np.where(truth, scores, 0.0).sum(axis=1)[:, None]  # (C, 1)
+        greater = (scored & (scores > target_scores)).sum(axis=1)
+        equal = (scored & ~truth & (scores == target_scores)).sum(axis=1)
+        sizes = (items > 0).sum(axis=1)
+        order = np.lexsort((tie_keys(users[:, None], items), -scores, ~scored), axis=1)[:, :top_k]
+        listed = np.where(scored, items, 0)[np.arange(len(items))[:, None], order]
+        top_items: Int32 = np.zeros((len(items), top_k), dtype=np.int32)
+        top_items[:, : listed.shape[1]] = listed
+        return cls(
+            greater=np.where(reachable, greater, sizes).astype(np.int64),
+            equal=np.where(reachable, equal, 0).astype(np.int64),
+            candidates=sizes.astype(np.int64),
+            reachable=reachable,
+            top_items=top_items,
+        )
+
+
+def tie_keys(users: Int32 | Int64, items: Int32 | Int64) -> Int64:
+    """What tied items are listed by: a hash of user and item (splitmix64), the same in any run.
+
+    By lowest id a constant scorer would show everybody the same K items. This way its lists are
+    what they say, drawn at random for each user, whatever the block or process.
+    """
+    key = (np.asarray(users).astype(np.uint64) << np.uint64(32)) + items.astype(np.uint64)
+    key += np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((key ^ (key >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+
 
 def merge(parts: Sequence[tuple[Int64, Ranking]], case_count: int) -> Ranking:
     """Put parts that several processes ranked back into case order.

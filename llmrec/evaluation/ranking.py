@@ -1,10 +1,13 @@
-"""Full ranking in blocks by counting: a matrix product per block, never a (C, N) matrix."""
+"""Ranking in blocks by counting: a matrix product per block, never a (C, N) matrix.
+
+All candidates are ranked, or those of each case's own list; scores are the same bits in both.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,16 +16,18 @@ from torch import Tensor
 
 from llmrec.data.interactions import Bool, Cases, Int32, Int64, Interactions
 from llmrec.errors import UsageError
-from llmrec.evaluation.metrics import Ranking
+from llmrec.evaluation.metrics import Ranking, tie_keys
+from llmrec.evaluation.pools import PoolConfig, Pools
+from llmrec.evaluation.products import ItemChunks, Scores, UserVectors, dot_products
 
-UserVectors: TypeAlias = Callable[[Int64], Tensor]
-
-CHUNK_ITEMS = 8192
-"""Items per matrix product; a multiple of 64, see `_ItemChunks`."""
 COUNT_BYTES = 1 << 20
 """Comparison buffer, bytes: rows are counted in groups that stay in the processor's cache."""
 MAX_ITEMS = 1 << 24
 """Counts are sums of ones in float32, which are exact up to here."""
+DIVERGED = (
+    "A score is NaN or infinite, so nothing can be ranked: the user or item vectors have diverged. "
+    "Lower the learning rate or clip gradients, and train again."
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class EvaluationConfig:
     """Best items kept per case."""
     block_megabytes: int = 32
     """Size of the score block, MiB; twice this is the peak memory beyond the vectors themselves."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -49,6 +55,11 @@ class EvaluationConfig:
         if self.block_megabytes < 1:
             raise UsageError(
                 f"evaluation.block_megabytes={self.block_megabytes} must be at least 1."
+            )
+        if self.pool.size != "all" and self.filter_seen == "papers":
+            raise UsageError(
+                "evaluation.filter_seen=papers takes repeated targets out of a full ranking, which "
+                f"evaluation.pool.size={self.pool.size} is not. Use filter_seen=true, or all."
             )
 
 
@@ -66,7 +77,7 @@ def case_blocks(
     """
     lengths = cases.end - interactions.offsets[cases.user]
     order = np.argsort(lengths, kind="stable")
-    width = _ItemChunks.padded(item_count + 1)[1]
+    width = ItemChunks.padded(item_count + 1)[1]
     rows = max(1, (config.block_megabytes << 20) // (4 * width))
     return [order[start : start + rows] for start in range(0, len(order), rows)]
 
@@ -76,20 +87,55 @@ def rank(
     item_vectors: Tensor,
     interactions: Interactions,
     cases: Cases,
-    candidates: Bool,
+    candidates: Bool | Pools,
     config: EvaluationConfig,
     process_index: int = 0,
     process_count: int = 1,
 ) -> tuple[Int64, Ranking]:
-    """Rank the target of every case among all candidates by dot product, in float32.
+    """Rank the target of every case among its candidates by dot product, in float32.
 
     Args:
-        user_vectors: Gives the user vectors of some cases, (B,) case indices -> (B, D). Called
-            once per block of `case_blocks`, in order.
+        user_vectors: Called once per block of `case_blocks`, in order.
         item_vectors: (N + 1, D), row 0 is padding. Scores are computed on its device.
         interactions: What the cases index into.
         cases: The questions.
-        candidates: Items that may be recommended, (N + 1,). The target always may.
+        candidates: See `rank_scores`.
+        config: Seen filter, top K, block size.
+        process_index: This process.
+        process_count: Processes that share the work.
+
+    Returns:
+        See `rank_scores`.
+
+    Raises:
+        UsageError: A score is NaN or infinite.
+    """
+    scores = dot_products(user_vectors, item_vectors)
+    count = len(item_vectors) - 1
+    shares = (process_index, process_count)
+    return rank_scores(scores, count, interactions, cases, candidates, config, *shares)
+
+
+def rank_scores(
+    scores: Scores,
+    item_count: int,
+    interactions: Interactions,
+    cases: Cases,
+    candidates: Bool | Pools,
+    config: EvaluationConfig,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tuple[Int64, Ranking]:
+    """Rank the target of every case among its candidates by any scores.
+
+    Args:
+        scores: Called once per block of `case_blocks`, in order.
+        item_count: N.
+        interactions: What the cases index into.
+        cases: The questions.
+        candidates: Items that may be recommended to anybody, (N + 1,); seen ones are then filtered
+            as the config says, and the target is always one. Or each case's own list, which is
+            ranked as it is.
         config: Seen filter, top K, block size.
         process_index: This process; block b belongs to process ``b % process_count``.
         process_count: Processes that share the work.
@@ -101,22 +147,47 @@ def rank(
     Raises:
         UsageError: A score is NaN or infinite.
     """
-    item_count = len(item_vectors) - 1
-    if candidates.shape != (item_count + 1,):
-        raise ValueError(
-            f"candidates {candidates.shape} and item_vectors ({item_count + 1}, D) differ."
-        )
     if item_count >= MAX_ITEMS:
         raise UsageError(
             f"{item_count} items: exact ranking counts up to {MAX_ITEMS - 1}; filter the catalogue."
         )
-    blocks = case_blocks(interactions, cases, item_count, config)
-    own = blocks[process_index::process_count]
-    ranker = _BlockRanker(item_vectors, candidates, config, max(map(len, own), default=0))
-    parts = [
-        ranker.rank(user_vectors(block), _Questions.of(interactions, cases, block)) for block in own
-    ]
+    own = case_blocks(interactions, cases, item_count, config)[process_index::process_count]
+    if isinstance(candidates, Pools):
+        if len(candidates.items) != len(cases):
+            raise ValueError(f"{len(candidates.items)} lists for {len(cases)} cases.")
+        parts = [
+            _rank_pools(
+                scores(block), candidates.items[block], interactions, cases, block, config.top_k
+            )
+            for block in own
+        ]
+    else:
+        if candidates.shape != (item_count + 1,):
+            raise ValueError(f"candidates {candidates.shape} for {item_count} items and padding.")
+        ranker = _BlockRanker(candidates, config)
+        parts = [
+            ranker.rank(scores(block), _Questions.of(interactions, cases, block)) for block in own
+        ]
     return np.concatenate([np.empty(0, np.int64), *own]), _concatenate(parts, config.top_k)
+
+
+@torch.inference_mode()
+def _rank_pools(
+    scores: Tensor,
+    items: Int32,
+    interactions: Interactions,
+    cases: Cases,
+    block: Int64,
+    top_k: int,
+) -> Ranking:
+    """One block by the scores of its own candidates, (B, N + 1) and (B, K)."""
+    places = torch.from_numpy(items.astype(np.int64)).to(scores.device)
+    found = scores.gather(1, places).double().cpu().numpy()  # (B, K)
+    found[items == 0] = np.nan
+    if not np.isfinite(found[items > 0]).all():
+        raise UsageError(DIVERGED)
+    targets = interactions.items[cases.target[block]]
+    return Ranking.from_scores(found, items, targets, cases.user[block].astype(np.int64), top_k)
 
 
 @dataclass(frozen=True)
@@ -143,74 +214,30 @@ class _Questions:
         return cls(users.astype(np.int64), targets.astype(np.int64), rows, seen.astype(np.int64))
 
 
-class _ItemChunks:
-    """Item vectors as equally shaped slices, so that equal items score equal bits.
-
-    BLAS computes the last few columns of a product by other instructions when their number is not a
-    multiple of the vector width: on MKL with AVX-512, identical item vectors then differ in the
-    last bit wherever N mod 4 is not 0 (108 of 660 shapes tried), and ties silently become an order.
-    So every product here has the same multiple of 64 columns; only the last slice is copied, to pad
-    it.
-    """
-
-    def __init__(self, item_vectors: Tensor) -> None:
-        chunk, self.width = self.padded(len(item_vectors))
-        vectors = item_vectors.detach().float()
-        self.chunks = list(vectors.split(chunk))
-        tail = vectors.new_zeros(chunk, vectors.shape[1])
-        tail[: len(self.chunks[-1])] = self.chunks[-1]
-        self.chunks[-1] = tail
-
-    @staticmethod
-    def padded(rows: int) -> tuple[int, int]:
-        """Rows per slice, and rows of all slices together."""
-        count = -(-rows // CHUNK_ITEMS)
-        chunk = -(-rows // (64 * count)) * 64
-        return chunk, count * chunk
-
-    def scores(self, users: Tensor, out: Tensor) -> Tensor:
-        """(B, D) x (D, width) -> (B, width), into `out`."""
-        for start, chunk in zip(
-            range(0, self.width, len(self.chunks[0])), self.chunks, strict=False
-        ):
-            torch.mm(users, chunk.T, out=out[:, start : start + len(chunk)])
-        return out
-
-
 class _BlockRanker:
-    """The buffers that all blocks share, and what is done to a block of scores."""
+    """What is done to a block of scores where everybody has the same candidates."""
 
-    def __init__(
-        self, item_vectors: Tensor, candidates: Bool, config: EvaluationConfig, rows: int
-    ) -> None:
+    def __init__(self, candidates: Bool, config: EvaluationConfig) -> None:
         self.config = config
-        self.device = item_vectors.device
-        self.items = _ItemChunks(item_vectors)
-        width = self.items.width
-        self.scores = torch.empty(rows, width, device=self.device)
-        group = max(1, min(rows, COUNT_BYTES // (4 * width)))
-        self.comparison = torch.empty(group, width, device=self.device)
-        allowed = np.zeros(width, dtype=np.bool_)
-        allowed[1 : len(candidates)] = candidates[1:]
-        self.allowed = allowed
-        self.excluded = torch.from_numpy(np.flatnonzero(~allowed)).to(self.device)
+        self.candidates = candidates.copy()
+        self.candidates[0] = False  # padding
 
     @torch.inference_mode()
-    def rank(self, users: Tensor, questions: _Questions) -> Ranking:
-        """One block: (B, D) user vectors -> the ranking of its B cases."""
-        users = users.to(device=self.device, dtype=torch.float32)
-        if users.shape[0] != len(questions.targets):
-            raise ValueError(f"{users.shape[0]} user vectors for {len(questions.targets)} cases.")
-        scores = self.items.scores(users, self.scores[: len(users)])
-        targets = torch.from_numpy(questions.targets).to(self.device)
+    def rank(self, scores: Tensor, questions: _Questions) -> Ranking:
+        """One block: (B, N + 1) scores or wider, overwritten here -> the ranking of its B cases."""
+        width, device = scores.shape[1], scores.device
+        targets = torch.from_numpy(questions.targets).to(device)
         # From the product itself: a separately computed dot product differs in the last bit.
         target_scores = scores.gather(1, targets[:, None]).clone()  # (B, 1)
-        scores.index_fill_(1, self.excluded, -torch.inf)
+        allowed = np.zeros(width, dtype=np.bool_)
+        allowed[: len(self.candidates)] = self.candidates
+        excluded = torch.from_numpy(np.flatnonzero(~allowed)).to(device)
+        scores.index_fill_(1, excluded, -torch.inf)
         sizes, reachable = self._filter_seen(scores, questions)
         if self.config.filter_seen != "papers":
             scores.scatter_(1, targets[:, None], target_scores)
         else:
-            kept = torch.from_numpy(reachable).to(self.device)[:, None]
+            kept = torch.from_numpy(reachable).to(device)[:, None]
             scores.scatter_(1, targets[:, None], target_scores.masked_fill(~kept, -torch.inf))
         top_items = self._top(scores, target_scores, questions.users)
         greater = self._count(torch.gt, scores, target_scores)
@@ -229,19 +256,22 @@ class _BlockRanker:
         The target counts as a candidate always, but for ``papers`` when it was seen.
         """
         targets = questions.targets
-        size = np.int64(self.allowed.sum())
+        size = np.int64(self.candidates.sum())
         reachable = np.ones(len(targets), dtype=np.bool_)
-        sizes = size + (~self.allowed[targets]).astype(np.int64)
+        sizes = size + (~self.candidates[targets]).astype(np.int64)
         if self.config.filter_seen is False:
             return sizes, reachable
         rows, items = questions.seen_rows, questions.seen_items
-        index = (torch.from_numpy(rows).to(self.device), torch.from_numpy(items).to(self.device))
+        index = (
+            torch.from_numpy(rows).to(scores.device),
+            torch.from_numpy(items).to(scores.device),
+        )
         scores.index_put_(index, scores.new_tensor(-torch.inf))
         repeats = items == targets[rows]
         keys = np.sort(rows * np.int64(scores.shape[1]) + items)  # np.unique is far slower here
         distinct = keys[np.diff(keys, prepend=-1) > 0]  # an item seen twice counts once
         gone_rows, gone_items = np.divmod(distinct, np.int64(scores.shape[1]))
-        counted = (self.allowed[gone_items]) & (gone_items != targets[gone_rows])
+        counted = (self.candidates[gone_items]) & (gone_items != targets[gone_rows])
         sizes = sizes - np.bincount(gone_rows[counted], minlength=len(targets))
         if self.config.filter_seen == "papers":
             reachable[rows[repeats]] = False
@@ -256,17 +286,18 @@ class _BlockRanker:
         Ones in a float buffer and a float sum: five times faster than the sum of a boolean
         comparison.
         """
-        counts = torch.empty(len(scores), device=self.device)
-        group = len(self.comparison)
+        counts = torch.empty(len(scores), device=scores.device)
+        group = max(1, min(len(scores), COUNT_BYTES // (4 * scores.shape[1])))
+        comparison = torch.empty(group, scores.shape[1], device=scores.device)
         for start in range(0, len(scores), group):
             rows = slice(start, min(start + group, len(scores)))
-            ones = self.comparison[: rows.stop - rows.start]
+            ones = comparison[: rows.stop - rows.start]
             compare(scores[rows], target_scores[rows], out=ones)
             torch.sum(ones, dim=1, out=counts[rows])
         return counts.cpu().numpy().astype(np.int64)
 
     def _top(self, scores: Tensor, target_scores: Tensor, users: Int64) -> Int32:
-        """The K best of each row, ties by `_tie_keys`, padded with 0: (B, width) -> (B, K)."""
+        """The K best of each row, ties by `tie_keys`, padded with 0: (B, width) -> (B, K)."""
         wanted = self.config.top_k
         kept = min(wanted, scores.shape[1] - 1)
         values, items = scores.topk(kept + 1, dim=1)  # one more, to see a tie across the cut
@@ -274,19 +305,16 @@ class _BlockRanker:
         # counts.
         broken = values[:, :1].isnan() | values[:, :1].isposinf() | ~target_scores.isfinite()
         if bool(broken.any()):
-            raise UsageError(
-                "A score is NaN or infinite, so nothing can be ranked: the user or item vectors "
-                "have diverged. Lower the learning rate or clip gradients, and train again."
-            )
+            raise UsageError(DIVERGED)
         cut = values[:, kept - 1]
         for row in torch.nonzero((cut == values[:, kept]) & ~cut.isneginf())[:, 0].tolist():
             # topk leaves it open which of the tied it returns.
             above = int((values[row, :kept] > cut[row]).sum())
             tied = torch.nonzero(scores[row] == cut[row])[:, 0].cpu().numpy()
-            first = np.argpartition(_tie_keys(users[row], tied), kept - above - 1)[: kept - above]
-            items[row, above:kept] = torch.from_numpy(tied[first]).to(self.device)
+            first = np.argpartition(tie_keys(users[row], tied), kept - above - 1)[: kept - above]
+            items[row, above:kept] = torch.from_numpy(tied[first]).to(scores.device)
         values, items = values[:, :kept], items[:, :kept]
-        keys = torch.from_numpy(_tie_keys(users[:, None], items.cpu().numpy())).to(self.device)
+        keys = torch.from_numpy(tie_keys(users[:, None], items.cpu().numpy())).to(scores.device)
         order = keys.argsort(dim=1)
         items, values = items.gather(1, order), values.gather(1, order)
         values, order = values.sort(dim=1, descending=True, stable=True)
@@ -294,19 +322,6 @@ class _BlockRanker:
         top: NDArray[np.int32] = np.zeros((len(scores), wanted), dtype=np.int32)
         top[:, :kept] = items.cpu().numpy()
         return top
-
-
-def _tie_keys(users: Int64, items: Int64) -> Int64:
-    """What tied items are listed by: a hash of user and item (splitmix64), the same in any run.
-
-    By lowest id a constant scorer would show everybody the same K items. This way its lists are
-    what they say, drawn at random for each user, whatever the block or process.
-    """
-    key = (np.asarray(users).astype(np.uint64) << np.uint64(32)) + items.astype(np.uint64)
-    key += np.uint64(0x9E3779B97F4A7C15)
-    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((key ^ (key >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 def _concatenate(parts: list[Ranking], top_k: int) -> Ranking:

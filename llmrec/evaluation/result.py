@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from llmrec.data.splits import training_counts
 from llmrec.errors import UsageError
 from llmrec.evaluation.beyond import CUTOFF, beyond_accuracy, reference_space
 from llmrec.evaluation.metrics import MEASURES, Float64, Measure, Ranking, measure_matrix
+from llmrec.evaluation.pools import Pools
+from llmrec.evaluation.ratings import mean_baselines, rating_intervals
 from llmrec.evaluation.significance import bootstrap
 from llmrec.evaluation.slices import case_facts
 
@@ -84,6 +86,11 @@ class Result:
         """The training seed."""
         return int(self.record["seed"])
 
+    @property
+    def rates(self) -> bool:
+        """Whether it predicts ratings, and ranks nothing."""
+        return self.record.get("kind") == "rating"
+
     def values(self, measures: Sequence[Measure]) -> Float64:
         """Per-user values, (U, M), of any measures and cut-offs, from the stored ranks."""
         column = self.per_user.get_column
@@ -117,7 +124,7 @@ MOVES_NO_NUMBER = frozenset(
 
 _OFF = {
     ("encoder.tune", "frozen"), ("encoder.quantisation", "none"), ("encoder.prompt", ""),
-    ("optim.state", "float32"),
+    ("optim.state", "float32"), ("evaluation.pool.size", "all"),
 }  # fmt: skip
 """Options that change nothing at this value."""
 _TUNING = frozenset(
@@ -146,6 +153,8 @@ def identity(
     options = {name: v for name, v in options.items() if (name, v) not in _OFF}
     if "encoder.tune" not in options:
         options = {name: v for name, v in options.items() if name not in _TUNING}
+    if "evaluation.pool.size" not in options:
+        options = {n: v for n, v in options.items() if not n.startswith("evaluation.pool.")}
     decisive = {
         name: value
         for name, value in options.items()
@@ -177,6 +186,7 @@ def build_result(
     rankings: Mapping[str, Ranking],
     measures: Sequence[Measure] = MEASURES,
     learned_end: Int64 | None = None,
+    pools: Pools | None = None,
 ) -> Result:
     """Turn rankings into the numbers that are kept.
 
@@ -188,6 +198,7 @@ def build_result(
         measures: Columns of ``per_user.parquet`` and entries of ``metrics``.
         learned_end: Where each user's part that was learned from ends, (U,), if not at the split's
             ``train_end``: after a refit on validation too.
+        pools: The lists that test was ranked on, where it was not all candidates.
 
     Raises:
         UsageError: There is no test case.
@@ -197,22 +208,80 @@ def build_result(
         cases = {"test": split.test, "valid": split.valid}[part]
         if len(ranking) != len(cases):
             raise ValueError(f"{len(ranking)} ranked {part} cases, but the split has {len(cases)}.")
+    _check_cases(split)
+    learned = split.train_end if learned_end is None else learned_end
+    popularity = training_counts(dataset.interactions, learned, dataset.item_count)
+    per_user = _per_user(dataset, split, rankings["test"], popularity, measures)
+    numbers = {
+        "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
+        "beyond_accuracy": _beyond_accuracy(dataset, split, rankings["test"], popularity),
+    }
+    return _result(facts, dataset, split, numbers, per_user, pools)
+
+
+def build_rating_result(
+    facts: RunFacts,
+    dataset: Dataset,
+    split: Split,
+    predicted: Float64,
+    learned_end: Int64 | None = None,
+) -> Result:
+    """Turn predicted ratings into the numbers that are kept, beside those of plain means.
+
+    Args:
+        facts: What only the entry point knows.
+        dataset: The data, with ratings.
+        split: Its test cases were rated.
+        predicted: Stars for each test case, (C,); NaN where there is no prediction.
+        learned_end: Where each user's part that the means are taken over ends, (U,), if not at the
+            split's ``train_end``.
+
+    Raises:
+        UsageError: There is no test case.
+    """
+    _check_cases(split)
+    interactions, test = dataset.interactions, split.test
+    assert interactions.ratings is not None
+    truth = interactions.ratings[test.target].astype(np.float64)
+    learned = split.train_end if learned_end is None else learned_end
+    means = mean_baselines(interactions, learned, test, dataset.item_count)
+    columns = {"stars": truth, "predicted": predicted, **means}
+    per_user = _questions(dataset, split).with_columns(
+        pl.Series(name.replace(" ", "_"), values) for name, values in columns.items()
+    )
+    numbers = {
+        "kind": "rating",
+        "metrics": {"test": _rating_metrics(truth, predicted)},
+        "means": {name: _rating_metrics(truth, values) for name, values in means.items()},
+        "unpredicted": int(np.isnan(predicted).sum()),
+    }
+    return _result(facts, dataset, split, numbers, per_user, None)
+
+
+def _check_cases(split: Split) -> None:
     if not len(split.test):
         raise UsageError(
             "The split has no test case. Lower the least number of interactions per user, or "
             "choose other cuts in time."
         )
-    learned = split.train_end if learned_end is None else learned_end
-    popularity = training_counts(dataset.interactions, learned, dataset.item_count)
-    per_user = _per_user(dataset, split, rankings["test"], popularity, measures)
+
+
+def _result(
+    facts: RunFacts,
+    dataset: Dataset,
+    split: Split,
+    numbers: Mapping[str, Any],
+    per_user: pl.DataFrame,
+    pools: Pools | None,
+) -> Result:
+    """A run's numbers with all that says what they are of."""
     record: dict[str, Any] = {
         "format": FORMAT,
         "name": facts.name,
         "label": facts.label,
         "seed": facts.seed,
-        "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
-        "beyond_accuracy": _beyond_accuracy(dataset, split, rankings["test"], popularity),
-        "protocol": _protocol(facts, dataset, split),
+        **numbers,
+        "protocol": _protocol(facts, dataset, split, pools),
         "data": _data(facts, dataset, split),
         "cases": {"count": len(split.test), "fingerprint": _fingerprint(per_user)},
         "config": dict(facts.config),
@@ -295,7 +364,8 @@ def read_result(folder: Path) -> Result:
             raise UsageError(f"{path} is damaged ({name} is no object). Run it again.")
     try:
         per_user = pl.read_parquet(io.BytesIO(data))
-        per_user.select(*_RANKS, "user_id", "target_item_id")
+        ranks = ("stars", "predicted") if record.get("kind") == "rating" else _RANKS
+        per_user.select(*ranks, "user_id", "target_item_id")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # a panic: damaged inside
         raise UsageError(
             f"{folder / PER_USER} is no parquet file of users and ranks. Run it again."
@@ -317,12 +387,8 @@ def _per_user(
     measures: Sequence[Measure],
 ) -> pl.DataFrame:
     """One line per test case, in case order."""
-    items = dataset.interactions.items
-    targets = items[split.test.target]
     values = measure_matrix(ranking, measures)
     columns: dict[str, Any] = {
-        "user_id": [dataset.user_ids[user] for user in split.test.user],
-        "target_item_id": [dataset.catalog.ids[target - 1] for target in targets],
         "greater": ranking.greater,
         "equal": ranking.equal,
         "candidates": ranking.candidates,
@@ -331,7 +397,26 @@ def _per_user(
         "top_item_ids": _external_ids(dataset, ranking.top_items[:, :CUTOFF]),
     }
     columns |= {str(measure): values[:, i] for i, measure in enumerate(measures)}
-    return pl.DataFrame(columns)
+    return _questions(dataset, split).hstack(pl.DataFrame(columns))
+
+
+def _questions(dataset: Dataset, split: Split) -> pl.DataFrame:
+    """User and target of every test case, in case order."""
+    targets = dataset.interactions.items[split.test.target]
+    return pl.DataFrame(
+        {
+            "user_id": [dataset.user_ids[user] for user in split.test.user],
+            "target_item_id": [dataset.catalog.ids[target - 1] for target in targets],
+        }
+    )
+
+
+def _rating_metrics(truth: Float64, predicted: Float64) -> dict[str, dict[str, float | None]]:
+    """Every measure of predicted ratings with its interval; null where it is not defined."""
+    return {
+        name: {k: None if np.isnan(v) else v for k, v in asdict(interval).items()}
+        for name, interval in rating_intervals(truth, predicted).items()
+    }
 
 
 def _external_ids(dataset: Dataset, top_items: Int32) -> list[list[str]]:
@@ -364,14 +449,21 @@ def _metrics(ranking: Ranking, measures: Sequence[Measure]) -> dict[str, dict[st
     }
 
 
-def _protocol(facts: RunFacts, dataset: Dataset, split: Split) -> dict[str, Any]:
+def _protocol(
+    facts: RunFacts, dataset: Dataset, split: Split, pools: Pools | None
+) -> dict[str, Any]:
     """Every rule that moves numbers, with its setting."""
+    candidates, drawn = int(split.test_candidates.sum()), {}
+    if pools is not None:
+        candidates = pools.items.shape[1]
+        drawn = {"pool": asdict(pools.config) | {"sha256": pools.sha256, "counts": pools.counts}}
     return {
         "order": dataset.order,
         "order_of_ties": "file",
         "split": facts.split,
         "fit_on": facts.fit_on,
-        "candidates": int(split.test_candidates.sum()),
+        "candidates": candidates,
+        **drawn,
         "valid_candidates": int(split.valid_candidates.sum()),
         "filter_seen": facts.filter_seen,
         "ties": "averaged",

@@ -1,9 +1,8 @@
-"""``llmrec evaluate eval/NAME.yaml``: train every row of a question, show the table."""
+"""``llmrec evaluate eval/NAME.yaml``: run every row of a question, show the table."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import traceback
@@ -17,24 +16,24 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmrec import resources, runs
-from llmrec.data.readers import load_dataset
 from llmrec.errors import UsageError, exit_code, nearest
+from llmrec.evaluation import programs
 from llmrec.evaluation.metrics import Measure
-from llmrec.evaluation.result import Result, differing, flatten, identity, read_result
-from llmrec.options import as_dict
+from llmrec.evaluation.programs import PLANNED, Shared, check_program, shared_options
+from llmrec.evaluation.result import Result, differing, flatten, read_result
 from llmrec.reporting.published import Published, read_published
 from llmrec.reporting.record import DEFAULT_MEASURES, Question, build_table, check_varies
 from llmrec.reporting.render import console, print_table, write_files
 
 Options: TypeAlias = dict[str, Any]
-"""Options of the train entry point by dotted name."""
+"""Options of a row's command by dotted name."""
 
 HELP = """usage: llmrec evaluate SUITE.yaml [--out FOLDER] [--seeds 0,1,2] [--overwrite]
                               [--dotted.option VALUE]
 
-Trains every row x seed of the suite and prints the comparison. Runs in the out folder that are
+Runs every row x seed of the suite and prints the comparison. Runs in the out folder that are
 finished with the same config, data and encoder are kept; finished runs that differ are refused,
-or replaced with --overwrite. A dotted option of the train command applies to every row:
+or replaced with --overwrite. A dotted option applies to every row whose command has it:
   llmrec evaluate eval/quickstart.yaml --data.source my.csv --out runs/mine"""
 
 _KEYS = (
@@ -66,7 +65,9 @@ class Suite:
     measures: Sequence[Measure] = ()
     contrasts: Sequence[tuple[str, str]] = ()
     base: Options = field(default_factory=dict)
-    """Options shared by all rows."""
+    """Options shared by all rows whose command has them."""
+    shared: Options = field(default_factory=dict)
+    """The same from the command line, which wins over a row's own."""
     seeds: Sequence[int] = (0,)
     overwrite: bool = False
     """Whether finished runs of another config or data may be replaced."""
@@ -81,6 +82,19 @@ class Suite:
     varies: Sequence[str] = ()
     """Rules of the protocol that the rows differ in on purpose, such as filter_seen."""
 
+    def program(self, label: str) -> str:
+        """The command that fills a row: train, unless the row says otherwise."""
+        return str(self.rows[label].get("program", "train"))
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Rows that no command can fill yet, and what they wait for."""
+        return {
+            label: PLANNED[self.program(label)]
+            for label in self.rows
+            if self.program(label) in PLANNED
+        }
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -89,8 +103,10 @@ class Cell:
     label: str
     seed: int
     folder: Path
+    program: str
+    """The command that fills it, such as train."""
     argv: list[str]
-    """Arguments of the train entry point."""
+    """Arguments of that command."""
 
 
 def read_suite(path: Path) -> Suite:
@@ -140,6 +156,10 @@ def read_suite(path: Path) -> Suite:
         varies=_names(path, content, "varies"),
     )
     check_varies(suite.varies)
+    for label in rows:
+        check_program(suite.program(label))
+    if suite.baseline in suite.missing:
+        raise UsageError(f"{path}: the baseline {suite.baseline!r} is not built yet.")
     for label in (suite.baseline, *(label for pair in suite.contrasts for label in pair)):
         if label not in rows:
             raise UsageError(f"{path} names {label!r}, which is no row: {nearest(label, rows)}")
@@ -173,7 +193,7 @@ def override(suite: Suite, words: Sequence[str]) -> Suite:
         if name not in ("out", "seeds") and "." not in name:
             raise UsageError(
                 f"Unknown option {word}: {nearest(name, ('out', 'seeds', 'overwrite'))} "
-                "Options of the train command are dotted, such as --data.source."
+                "Options of the rows' commands are dotted, such as --data.source."
             )
         if not given:
             if not words:
@@ -186,7 +206,7 @@ def override(suite: Suite, words: Sequence[str]) -> Suite:
         else:
             shared[name] = value
     _refuse_decided("The command line", shared)
-    return replace(suite, rows={label: {**row, **shared} for label, row in suite.rows.items()})
+    return replace(suite, shared=shared)
 
 
 def _refuse_decided(where: str, options: Options) -> None:
@@ -198,10 +218,13 @@ def _refuse_decided(where: str, options: Options) -> None:
 
 
 def cells(suite: Suite) -> list[Cell]:
-    """Every row at every seed, row by row."""
+    """Every row at every seed, row by row; without those that no command can fill yet."""
     found = [
-        Cell(label, seed, folder, _argv(suite.base | options, label, seed, folder))
-        for label, options in suite.rows.items()
+        Cell(label, seed, folder, name, _argv(options, label, seed, folder))
+        for label in suite.rows
+        if label not in suite.missing
+        for name in [suite.program(label)]
+        for options in [_options(suite, label, name)]
         for seed in suite.seeds
         for folder in [suite.out / f"{re.sub(r'[^A-Za-z0-9.+_-]+', '_', label)}-{seed}"]
     ]
@@ -213,6 +236,13 @@ def cells(suite: Suite) -> list[Cell]:
                 "differs in letters or digits."
             )
     return found
+
+
+def _options(suite: Suite, label: str, name: str) -> Options:
+    """A row's options, over those that all rows share and its command takes."""
+    own = {key: value for key, value in suite.rows[label].items() if key != "program"}
+    among = {suite.program(other) for other in suite.rows} - PLANNED.keys()
+    return shared_options(suite.base, name, among) | own | shared_options(suite.shared, name, among)
 
 
 def _argv(options: Options, label: str, seed: int, folder: Path) -> list[str]:
@@ -233,7 +263,7 @@ def _pairs(path: Path, contrasts: Any) -> list[tuple[str, str]]:
 
 def _mapping(path: Path, key: str, options: Any) -> Options:
     if not isinstance(options or {}, dict):
-        raise UsageError(f"{path}: {key} must be options of the train command, not {options!r}.")
+        raise UsageError(f"{path}: {key} must be options of a command, not {options!r}.")
     return options or {}
 
 
@@ -276,28 +306,16 @@ def _seeds(path: Path, seeds: Any) -> list[int]:
     return list(seeds)
 
 
-def identities(found: Sequence[Cell]) -> list[dict[str, Any]]:
+def identities(found: Sequence[Cell], shared: Shared) -> list[dict[str, Any]]:
     """What decides each cell's numbers: its config, its data and its encoder as they are now.
 
     Raises:
         UsageError: A misspelt option, data that cannot be read, an encoder that is not there.
     """
-    from llmrec.assembly import TrainConfig
-    from llmrec.encoders.text import locate
-    from llmrec.models.baselines import BASELINES
-    from llmrec.train_tcf import configure
-
     # All of them first: a misspelt option in the last row should not be found after an hour.
-    configs = [configure(cell.argv) for cell in found]
-    fingerprint = functools.cache(lambda data: load_dataset(data).fingerprint())
-    located = functools.cache(lambda encoder: locate(encoder).identity)
-
-    def weights(config: TrainConfig) -> str | None:
-        if config.tower.name == "id" or config.model.name in BASELINES:
-            return None
-        return "TF-IDF" if config.tower.control == "tfidf" else located(config.encoder)
-
-    return [identity(as_dict(c), fingerprint(c.data), weights(c)) for c in configs]
+    for cell in found:
+        programs.configure(cell.program, cell.argv)
+    return [programs.row_identity(cell.program, cell.argv, shared) for cell in found]
 
 
 def finished(cell: Cell) -> Result | None:
@@ -344,20 +362,18 @@ def _refuse_others(suite: Suite, todo: Sequence[tuple[Cell, dict[str, Any]]]) ->
         )
 
 
-def _train(cell: Cell, anew: bool) -> str:
-    """Train one cell in this process, or the rest of it; what went wrong, or nothing."""
-    from llmrec.train_tcf import main as train
-
+def _fill(cell: Cell, anew: bool, overwrite: bool, shared: Shared) -> str:
+    """Run one cell in this process, or the rest of it; what went wrong, or nothing."""
     argv = list(cell.argv)
     if anew:
         argv.append("--run.resume=never")
-    if (cell.folder / runs.RESULT).exists():
+    if overwrite or (cell.folder / runs.RESULT).exists():
         argv.append("--run.overwrite=true")
     with contextlib.suppress(OSError):
         # Linux: start the peak memory anew, else a row reports that of the rows before it.
         Path("/proc/self/clear_refs").write_text("5")
     try:
-        code = train(argv)
+        code = programs.run(cell.program, argv, shared)
     except UsageError as error:
         return str(error)
     except SystemExit as error:
@@ -368,15 +384,32 @@ def _train(cell: Cell, anew: bool) -> str:
 
 
 def run_suite(suite: Suite, out: Console, processes: int = 1) -> int:
-    """Train what is missing, show the table, write it beside the runs; 1 if a cell failed.
+    """Run what is not there yet, show the table, write it beside the runs; 1 if a cell failed.
 
     Of several processes each calls this; a quiet console marks those that are not the main one.
     They agree on what is finished, as no result is written before all have entered its run.
     """
     found = cells(suite)
-    todo = list(zip(found, identities(found), strict=True))
-    if not suite.overwrite:
-        _refuse_others(suite, todo)
+    if processes > 1 and any(cell.program == "chat" for cell in found):
+        raise UsageError("Chat rows are asked by one process. Run this suite without torchrun.")
+    with Shared() as shared:
+        todo = list(zip(found, identities(found, shared), strict=True))
+        if not suite.overwrite:
+            _refuse_others(suite, todo)
+        results, failed = _run_cells(suite, todo, shared, out, processes)
+    if failed and processes > 1:
+        return 1
+    return 0 if out.quiet else _report(suite, results, failed, out)
+
+
+def _run_cells(
+    suite: Suite,
+    todo: Sequence[tuple[Cell, dict[str, Any]]],
+    shared: Shared,
+    out: Console,
+    processes: int,
+) -> tuple[list[Result], list[str]]:
+    """Every cell's result, kept or new, and the names of those that failed."""
     results: list[Result] = []
     failed: list[str] = []
     for place, (cell, wanted) in enumerate(todo, start=1):
@@ -386,20 +419,20 @@ def run_suite(suite: Suite, out: Console, processes: int = 1) -> int:
             out.print(escape(f"{name}: finished before, kept ({cell.folder})"), style="dim")
         else:
             changed = (cell.folder / runs.RESULT).exists()
-            out.print(escape(f"{name}{': changed or damaged, trained again' if changed else ''}"))
+            out.print(escape(f"{name}{': changed or damaged, run again' if changed else ''}"))
             anew = suite.overwrite and bool(_difference(_begun(cell), wanted))
-            problem = _train(cell, anew)
+            problem = _fill(cell, anew, suite.overwrite, shared)
             if problem:
                 failed.append(f"{cell.label}, seed {cell.seed}")
                 told = console() if out.quiet else out  # by whichever process met it
                 told.print(escape(f"{name} failed: {problem}"), style="red", highlight=False)
                 if processes > 1:  # the others may still wait inside the run that failed here
                     told.print("The suite ends here; the same command goes on with this run.")
-                    return 1
+                    break
                 continue
             result = read_result(cell.folder)
         results.append(result)
-    return 0 if out.quiet else _report(suite, results, failed, out)
+    return results, failed
 
 
 def _report(suite: Suite, results: Sequence[Result], failed: Sequence[str], out: Console) -> int:
@@ -420,12 +453,15 @@ def _report(suite: Suite, results: Sequence[Result], failed: Sequence[str], out:
     )
     record = build_table(results, question)
     record["failed"] = list(failed)
+    record["missing"] = [f"{label} ({what})" for label, what in suite.missing.items()]
     lost = [pair for pair in suite.contrasts if not labels.issuperset(pair)]
     record["contrasts_lost"] = [f"{a} - {b}" for a, b in lost]
     print_table(record, out)
     table = suite.out / f"{suite.table}.md"
     write_files(record, table, table.with_suffix(".json"))
     out.print(escape(f"Written to {table} and {suite.table}.json."), style="dim", highlight=False)
+    for name in record["missing"]:
+        out.print(escape(f"Not built yet and not in the table: {name}"), highlight=False)
     for name in failed:
         out.print(escape(f"Failed and not in the table: {name}"), style="red", highlight=False)
     return 1 if failed else 0

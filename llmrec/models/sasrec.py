@@ -20,8 +20,10 @@ from llmrec.errors import UsageError
 class UserModelConfig:
     """What turns a history of item vectors into a user vector."""
 
-    name: Literal["sasrec", "popularity", "random"] = "sasrec"
-    """The user model; popularity and random are rows to compare with, without gradients."""
+    name: Literal["sasrec", "popularity", "random", "embedding", "bm25"] = "sasrec"
+    """The user model, or a row to compare with that learns nothing by gradients: popularity;
+    random; embedding: mean cosine of the items' text vectors with those of the history; bm25: words
+    that an item's text shares with those of the history (k1 1.5, b .75)."""
     width: int = 64
     """D, of item and user vectors alike."""
     blocks: int = 1

@@ -37,6 +37,8 @@ class Published:
 
     def refusal(self, data: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
         """Why these numbers must not stand beside a table's, or an empty string."""
+        if "pool" in protocol:
+            return f"all candidates there, {protocol['candidates']:,} per case here"
         for said, ours in ((self.counts, data), (self.protocol, protocol)):
             for key, value in said.items():
                 if ours[key] != value:

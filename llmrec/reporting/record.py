@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ _SAME = {
     "cases": "the test users and targets",
     "split": "the split",
     "interactions": "the number of interactions",
-    "candidates": "the number of candidates",
+    "candidates": "the candidates",
     "filter_seen": "filter_seen",
     "fit_on": "fit_on",
 }
@@ -71,6 +72,12 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     """
     if not results:
         raise UsageError("No finished run to compare. Name run folders that hold a result.json.")
+    ratings, results = [r for r in results if r.rates], [r for r in results if not r.rates]
+    if not results:
+        raise UsageError(
+            "These runs predict ratings and rank nothing; their figures are in each run's card.md. "
+            "Name a run that ranks as well, and their table is printed with its."
+        )
     check_varies(question.varies)
     _check_comparable(results, question.varies)
     rows = _rows(results)
@@ -111,6 +118,8 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
             for (a, b), difference in zip(question.contrasts, contrasts, strict=True)
         ],
     }
+    if ratings:
+        record["ratings"] = _rating_rows(ratings)
     if question.varies:
         _add_rules(record, rows, question.varies)
     if question.slices:
@@ -120,6 +129,24 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     if question.published:
         record["published"] = _published(question.published, first)
     return record
+
+
+def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Runs that predict ratings; after those of the same cases the means that they must beat."""
+    rows = []
+    by_cases: dict[str, list[Result]] = {}
+    for result in results:
+        by_cases.setdefault(result.record["cases"]["fingerprint"], []).append(result)
+    for group in by_cases.values():
+        cases = group[0].record["cases"]["count"]
+        for result in group:
+            record = result.record
+            label = f"{result.label}, seed {result.seed}"
+            told = {"cases": cases, "unpredicted": record["unpredicted"]}
+            rows.append({"label": label, "metrics": record["metrics"]["test"], **told})
+        for name, metrics in group[0].record["means"].items():
+            rows.append({"label": name, "metrics": metrics, "cases": cases, "unpredicted": 0})
+    return rows
 
 
 def _made_with(result: Result) -> str:
@@ -139,7 +166,12 @@ def check_varies(rules: Sequence[str]) -> None:
 def _settings(result: Result) -> dict[str, Any]:
     """A run's value of every rule in `_SAME`."""
     record, size = result.record, result.record["data"]["interactions"]
-    return {**record["protocol"], "interactions": size, "cases": record["cases"]["fingerprint"]}
+    settings = {"interactions": size, "cases": record["cases"]["fingerprint"]}
+    pool = record["protocol"].get("pool")
+    if pool is not None:  # as many of others are other candidates
+        how = f"{Path(pool['source']).name}, seed {pool['seed']}, lists {pool['sha256'][:12]}"
+        settings["candidates"] = f"{pool['size']} per case: {how}"
+    return {**record["protocol"], **settings}
 
 
 def _check_comparable(results: Sequence[Result], varies: Sequence[str]) -> None:

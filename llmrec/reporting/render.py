@@ -15,6 +15,7 @@ from rich.text import Text
 
 from llmrec import runs
 from llmrec.data.splits import REPAIRS
+from llmrec.evaluation.ratings import RATING_MEASURES
 from llmrec.evaluation.slices import MIN_CASES
 
 ALPHA = 0.05
@@ -26,6 +27,10 @@ COST_COLUMNS = {
     "train_seconds": "train s",
     "encode_seconds": "encode s",
     "cache_seconds": "cache s",
+    "ask_seconds": "asking s",
+    "prompt_tokens": "tokens in",
+    "completion_tokens": "tokens out",
+    "money": "money",
     "trainable_parameters": "trainable",
     "flops": "FLOPs",
     "peak_memory_bytes": "peak memory",
@@ -95,7 +100,29 @@ def grids(record: Mapping[str, Any]) -> list[Grid]:
         ]
     if any(row.get("beyond_accuracy") for row in record["rows"]):
         found.append(_beyond(record))
+    if "ratings" in record:
+        found.append(_ratings(record))
     return [*found, _cost(record)]
+
+
+def _ratings(record: Mapping[str, Any]) -> Grid:
+    """Predicted ratings, in stars; AUC of 4 stars and more against fewer."""
+    rows = [
+        [
+            row["label"],
+            *(_rating(row["metrics"][name]) for name in RATING_MEASURES),
+            f"{row['cases']:,}",
+            f"{row['unpredicted']:,}",
+        ]
+        for row in record["ratings"]
+    ]
+    return Grid(("ratings", *RATING_MEASURES, "cases", "no answer"), rows)
+
+
+def _rating(value: Mapping[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def _rules(record: Mapping[str, Any]) -> Grid:
@@ -224,9 +251,14 @@ def _beyond_cell(value: Mapping[str, float | None] | None, factor: int, form: st
 
 def _cost(record: Mapping[str, Any]) -> Grid:
     rows = record["rows"]
-    # Only tuned rows cache; elsewhere the column would be empty.
-    caching = any("cache_seconds" in row["cost"] for row in rows)
-    shown = {n: title for n, title in COST_COLUMNS.items() if caching or n != "cache_seconds"}
+    # Only tuned rows cache, only chat rows ask, some for money; else the column would be empty.
+    always = ("train_seconds", "encode_seconds", "trainable_parameters", "flops")
+    always = (*always, "peak_memory_bytes")
+    shown = {
+        name: title
+        for name, title in COST_COLUMNS.items()
+        if name in always or any(row["cost"].get(name) for row in rows)
+    }
     lines = [[row["label"], *(_amount(n, row["cost"].get(n)) for n in shown)] for row in rows]
     return Grid(("cost", *shown.values()), lines)
 
@@ -245,14 +277,13 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     """The lines below the tables: data, protocol, legend."""
     data, varies = record["data"], record.get("varies", [])
     protocol = record["protocol"] | dict.fromkeys(varies, "varies")
-    candidates = protocol["candidates"]
     notes = [
         f"Data: {data['name']} ({data['source']}), {data['users']:,} users, "
         f"{data['items']:,} items, {data['interactions']:,} interactions, "
         f"fingerprint {data['fingerprint'][:12]}.",
         _preparation(data["counts"], protocol["order"]),
         f"Protocol: {protocol['split']}, fit_on {protocol['fit_on']}, {record['cases']['count']:,} "
-        f"test cases, {'varying' if candidates == 'varies' else f'{candidates:,}'} candidates, "
+        f"test cases, {_candidates(protocol)}, "
         f"filter_seen {protocol['filter_seen']}, ties {protocol['ties']}.",
         f"Differences are paired on the same users and taken to {record['baseline']}; p: sign-flip "
         f"permutation, Holm-corrected over the rows; * p < {ALPHA}. "
@@ -262,6 +293,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Failed and not in the table: {'; '.join(record['failed'])}. Run the suite again."
         )
+    if record.get("missing"):
+        notes.append(f"Not built yet and not in the table: {'; '.join(record['missing'])}.")
     if record.get("contrasts_lost"):
         notes.append(f"Contrasts lost with them: {'; '.join(record['contrasts_lost'])}.")
     if len(record["versions"]) > 1:
@@ -284,6 +317,18 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     if "beyond_accuracy" in record:
         notes += _beyond_notes(record)
     return notes
+
+
+def _candidates(protocol: Mapping[str, Any]) -> str:
+    """What the target was ranked among, in words."""
+    count, pool = protocol["candidates"], protocol.get("pool")
+    if count == "varies":
+        return "varying candidates"
+    if pool is None:
+        return f"{count:,} candidates"
+    users = "all" if pool["users"] == "all" else f"{pool['users']:,}"
+    source = Path(pool["source"]).name
+    return f"{count:,} candidates per case ({source}, seed {pool['seed']}, {users} users)"
 
 
 def _published_notes(published: Mapping[str, Any]) -> list[str]:
@@ -329,6 +374,10 @@ def _beyond_notes(record: Mapping[str, Any]) -> list[str]:
             "interactions of the items shown; lift: that against the users' own histories; "
             "novelty: mean -log2 of an item's share of training interactions; likeness: mean "
             "cosine of two items of a list in TF-IDF space. Nothing here is tested."
+        )
+    if found and "pool" in record["protocol"]:
+        notes.append(
+            "Its lists are drawn from each case's own candidates, coverage from all items."
         )
     if any(value and value["sd"] is not None for row in found for value in row.values()):
         notes.append("± is the standard deviation over seeds, next to their mean.")

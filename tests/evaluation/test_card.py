@@ -43,3 +43,19 @@ def test_a_card_of_a_baseline_has_no_encoder_and_no_validation(tmp_path):
 def test_a_bar_in_a_name_does_not_break_the_table(tmp_path):
     card = (train(tmp_path / "run", run__label="a|b", model__name="random") / "card.md").read_text()
     assert "| run.label | a\\|b |" in card
+
+
+def test_a_card_tells_the_candidate_lists_and_their_hash(tmp_path):
+    folder = train(tmp_path / "run", model__name="random", evaluation__pool__size=20)
+    found, pool = cells((folder / "card.md").read_text()), record(folder)["protocol"]["pool"]
+    assert found["pool.sha256"] == pool["sha256"]
+    assert (found["candidates"], found["pool.source"], found["pool.users"]) == (
+        "20", "random", "1,024",
+    )  # fmt: skip
+    assert found["pool.counts.cases_sampled"] == found["test cases"]
+
+
+def test_a_card_of_a_chat_run_names_the_command_that_gives_it_back(tmp_path):
+    held = record(train(tmp_path / "run", model__name="random"))
+    held["config"]["chat"] = {"task": "pick"}
+    assert "    llmrec chat --config" in run_card(held)

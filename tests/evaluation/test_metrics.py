@@ -1,4 +1,4 @@
-from itertools import permutations
+from itertools import pairwise, permutations
 from math import log2
 
 import ir_measures
@@ -199,3 +199,100 @@ def test_a_case_that_is_missing_or_ranked_twice_is_an_error(second):
     parts = [(np.array([2, 0]), ranking([1, 1])), (np.array(second, np.int64), ranking(second))]
     with pytest.raises(ValueError, match="exactly once"):
         merge(parts, 3)
+
+
+NAN = np.nan
+
+
+def scored(scores, items, targets, users=(7,), top_k=3):
+    """Rankings of some cases by scores of their own candidates."""
+    arrays = (np.array(scores, float), np.array(items, np.int32), np.array(targets, np.int32))
+    return Ranking.from_scores(*arrays, np.broadcast_to(users, len(items)).astype(np.int64), top_k)
+
+
+def test_scores_of_a_list_place_the_target_and_ties_are_equal():
+    found = scored(
+        [[3.0, 1.0, 2.0, 0.0], [2.0, 2.0, 5.0, 2.0], [1.0, 9.0, 8.0, 7.0]],
+        [[11, 12, 13, 14], [11, 12, 13, 14], [14, 12, 13, 11]],
+        [13, 12, 14],
+    )
+    assert found.greater.tolist() == [1, 1, 3]
+    assert found.equal.tolist() == [0, 2, 0]
+    assert found.candidates.tolist() == [4, 4, 4]
+    assert found.reachable.all()
+    assert found.top_items[0].tolist() == [11, 13, 12]
+    assert found.top_items[2].tolist() == [12, 13, 11]
+
+
+def test_a_candidate_that_got_no_score_comes_last_and_is_never_listed():
+    found = scored([[NAN, 1.0, 2.0, NAN]], [[11, 12, 13, 14]], [12], top_k=4)
+    assert (found.greater[0], found.equal[0], found.candidates[0]) == (1, 0, 4)
+    assert found.top_items[0].tolist() == [13, 12, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "items", "target"),
+    [
+        ([NAN, 1.0, 2.0], [11, 12, 13], 11),  # in the list, but no answer names it
+        ([0.0, 1.0, 2.0], [11, 12, 13], 14),  # not in the list
+        ([NAN, NAN, NAN], [11, 12, 13], 11),  # no answer at all
+        ([0.0, 1.0, NAN], [11, 12, 0], 14),  # a short list
+    ],
+)
+def test_a_target_without_a_score_is_a_miss_and_never_a_tie(scores, items, target):
+    found = scored([scores], [items], [target])
+    assert not found.reachable[0]
+    assert (found.greater[0], found.equal[0]) == (np.count_nonzero(items), 0)
+    assert measure_matrix(found).sum() == 0
+
+
+def test_minus_infinity_is_a_score():
+    found = scored([[-np.inf, -np.inf, 0.0]], [[11, 12, 13]], [12])
+    assert (found.greater[0], found.equal[0], bool(found.reachable[0])) == (1, 1, True)
+
+
+def test_padding_is_no_candidate():
+    found = scored([[1.0, 5.0, 9.0, 9.0]], [[11, 12, 0, 0]], [11], top_k=4)
+    assert (found.greater[0], found.candidates[0]) == (1, 2)
+    assert found.top_items[0].tolist() == [12, 11, 0, 0]
+
+
+def test_tied_candidates_are_listed_in_an_order_of_each_users_own_wherever_they_stand():
+    items = np.tile(np.arange(1, 9, dtype=np.int32), (200, 1))
+    users = np.arange(200)
+    one = scored(np.zeros((200, 8)), items, [1] * 200, users, top_k=8).top_items
+    other = scored(np.zeros((200, 8)), items[:, ::-1], [1] * 200, users, top_k=8).top_items
+    assert np.array_equal(one, other)
+    first = np.bincount(one[:, 0], minlength=9)[1:]
+    assert first.min() > 8 and first.sum() == 200  # 25 each, standard deviation 4.7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (([[1.0]], [[11, 12]], [11]), "are not"),
+        (([[1.0, 2.0]], [[11, 12]], [11, 12]), "are not"),
+        (([[1.0, 2.0]], [[11, 12]], [0]), "A target is 0"),
+        (([[1.0, 2.0, 3.0]], [[11, 12, 11]], [11]), "names a candidate twice"),
+    ],
+)
+def test_scores_that_do_not_fit_their_candidates_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        scored(*arguments)
+
+
+@given(st.data())
+def test_scores_rank_as_counting_one_by_one_does(data):
+    size = data.draw(st.integers(1, 9))
+    number = st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.just(NAN))
+    row = data.draw(st.lists(number, min_size=size, max_size=size))
+    target = data.draw(st.integers(1, size + 1))
+    found = scored([row], [list(range(1, size + 1))], [target], top_k=size)
+    if target > size or np.isnan(row[target - 1]):
+        assert not found.reachable[0]
+        return
+    assert found.greater[0] == sum(other > row[target - 1] for other in row)
+    assert found.equal[0] == sum(other == row[target - 1] for other in row) - 1
+    listed = [item for item in found.top_items[0].tolist() if item]
+    assert sorted(listed) == [n for n in range(1, size + 1) if not np.isnan(row[n - 1])]
+    assert all(row[a - 1] >= row[b - 1] for a, b in pairwise(listed))

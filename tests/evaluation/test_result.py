@@ -6,6 +6,7 @@ import pytest
 from llmrec.data.interactions import Cases, Catalog, Dataset, Interactions, Split
 from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import Measure, Ranking
+from llmrec.evaluation.pools import PoolConfig, Pools
 from llmrec.evaluation.result import (
     RunFacts,
     build_result,
@@ -183,3 +184,37 @@ def test_the_same_numbers_are_the_same_bytes(tmp_path):
         write_result(tmp_path / name, build_result(facts(), *tiny()))
     for file in ("result.json", "per_user.parquet"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def pooled(**pool):
+    """The identity of a run with these options of its candidate lists."""
+    return identity({"evaluation": {"top_k": 20, "pool": pool}}, "data")
+
+
+def test_a_full_ranking_is_the_one_of_versions_that_knew_no_lists():
+    old = identity({"evaluation": {"top_k": 20}}, "data")
+    assert pooled(size="all", source="random", users=1024, seed=0) == old
+    assert pooled(size="all", source="popularity", users=7, seed=5) == old
+
+
+@pytest.mark.parametrize(
+    "other", [{"size": 4}, {"source": "popularity"}, {"users": 9}, {"seed": 1}, {"size": "all"}]
+)
+def test_other_lists_make_another_run(other):
+    pool = {"size": 100, "source": "random", "users": 1024, "seed": 0}
+    changed = f"evaluation.pool.{next(iter(other))}"
+    assert changed in differing(pooled(**pool), pooled(**(pool | other)))
+
+
+def test_the_protocol_tells_which_lists_were_ranked_and_how_many_candidates_they_hold():
+    lists = Pools(
+        np.array([[3, 1], [2, 3]], np.int32), "abc", {"cases_sampled": 2}, PoolConfig(size=2)
+    )
+    protocol = build_result(facts(), *tiny(), MEASURES, pools=lists).record["protocol"]
+    assert protocol["candidates"] == 2
+    assert protocol["pool"] == {
+        "size": 2, "source": "random", "users": 1024, "seed": 0, "sha256": "abc",
+        "counts": {"cases_sampled": 2},
+    }  # fmt: skip
+    full = build_result(facts(), *tiny(), MEASURES).record["protocol"]
+    assert full["candidates"] == 3 and "pool" not in full

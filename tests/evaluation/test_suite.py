@@ -8,7 +8,8 @@ import yaml
 from test_result import facts, tiny
 
 from llmrec import train_tcf
-from llmrec.encoders import text as encoders
+from llmrec.data import readers
+from llmrec.encoders import loading as encoders
 from llmrec.evaluation import suite as suites
 from llmrec.evaluation.result import build_result, write_result
 from llmrec.evaluation.suite import main, read_suite
@@ -39,8 +40,8 @@ def trained(monkeypatch):
         write_result(Path(named["run.folder"]), result)
         return 0
 
-    monkeypatch.setattr(train_tcf, "main", train)
-    monkeypatch.setattr(suites, "load_dataset", lambda config: tiny()[0])
+    monkeypatch.setattr(train_tcf, "run", train)
+    monkeypatch.setattr(readers, "load_dataset", lambda config: tiny()[0])
     place = encoders.Location("made-up", "", WEIGHTS)
     monkeypatch.setattr(encoders, "locate", lambda config: place)
     return calls
@@ -139,7 +140,7 @@ def test_finished_runs_on_other_data_or_another_encoder_are_refused(
     old = dataset.fingerprint()
     if changed == "data":
         dataset.user_ids[0] = "another"
-        monkeypatch.setattr(suites, "load_dataset", lambda config: dataset)
+        monkeypatch.setattr(readers, "load_dataset", lambda config: dataset)
     else:
         place = encoders.Location("made-up", "", "1" * 64)
         monkeypatch.setattr(encoders, "locate", lambda config: place)
@@ -153,7 +154,7 @@ def test_finished_runs_on_other_data_or_another_encoder_are_refused(
 
 def test_each_data_set_is_read_once(suite, trained, monkeypatch):
     read = []
-    monkeypatch.setattr(suites, "load_dataset", lambda c: read.append(c.source) or tiny()[0])
+    monkeypatch.setattr(readers, "load_dataset", lambda c: read.append(c.source) or tiny()[0])
     rows = {"ID": {"tower.name": "id"}, "text": {"tower.name": "text", "data.source": "b"}}
     assert main([suite(rows=rows)]) == 0
     assert read == ["simulated", "b"]
@@ -249,8 +250,8 @@ def test_without_its_baseline_there_is_no_table(suite, trained, capsys):
         ({"baseline": "IDD"}, [], "did you mean ID?"),
         ({"rows": None}, [], "has no rows"),
         ({"rows": {}}, [], "has no rows"),
-        ({"rows": {"ID": 3}}, [], "rows.ID must be options of the train command, not 3"),
-        ({"base": ["x"]}, [], "base must be options of the train command"),
+        ({"rows": {"ID": 3}}, [], "rows.ID must be options of a command, not 3"),
+        ({"base": ["x"]}, [], "base must be options of a command"),
         ({"measures": "HR@10"}, [], "measures must be a list of names"),
         ({"measures": []}, [], "measures must be a list of names"),
         ({"rows": {"ID": {}, "a b": {}, "a/b": {}}, "contrasts": []}, [], "share the folder"),

@@ -51,6 +51,9 @@ def run(label="ID", seed=0, mean_place=60, users=400, **changes):
         "cost": {"train_seconds": 12.34, "trainable_parameters": 1_234_567, "flops": 2.5e12}
         | changes.get("cost", {}),
     }  # fmt: skip
+    if "pool" in changes:
+        lists = {"size": 100, "source": "random", "users": 1024, "seed": 0, "sha256": "a" * 64}
+        record["protocol"] |= {"candidates": 100, "pool": lists | changes["pool"]}
     if "beyond" in changes:
         record["beyond_accuracy"] = changes["beyond"]
     return Result(record, per_user)

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 from made_runs import QUESTION, run, text
 
 from llmrec.errors import UsageError
 from llmrec.evaluation.result import write_result
+from llmrec.reporting.published import Published
 from llmrec.reporting.record import Question, build_table
 from llmrec.reporting.render import to_markdown
 from llmrec.reporting.tables import main
@@ -209,3 +211,46 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, options, senten
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pool": {"sha256": "b" * 64}},
+        {"pool": {"seed": 1, "sha256": "b" * 64}},
+        {"candidates": 100},  # all of another catalogue, by chance as many
+    ],
+)
+def test_runs_on_other_candidate_lists_are_never_mixed(change):
+    with pytest.raises(
+        UsageError, match=r"candidates \(100 per case: random, seed 0, lists aaaaaaaaaaaa and 100"
+    ):
+        build_table([run("ID", pool={}), run("chat", **change)], QUESTION)
+
+
+def test_runs_on_the_same_candidate_lists_share_a_table_which_tells_of_them():
+    record = build_table([run("ID", pool={}), run("chat", pool={})], QUESTION)
+    said = " ".join(text(record).split())
+    assert "400 test cases, 100 candidates per case (random, seed 0, 1,024 users), filter" in said
+    lists = {"source": "/some/where/SASRec-ID-0", "users": "all"}
+    record = build_table([run("ID", pool=lists), run("chat", pool=lists)], QUESTION)
+    said = " ".join(text(record).split())
+    assert "100 candidates per case (SASRec-ID-0, seed 0, all users)" in said
+    assert "/some/where" not in said
+
+
+def test_rows_may_differ_in_their_lists_where_that_is_the_question():
+    other = run("chat", pool={"sha256": "b" * 64, "source": "popularity"})
+    question = replace(QUESTION, varies=["candidates"])
+    said = text(build_table([run("ID", pool={}), other], question))
+    assert "100 per case: random, seed 0, lists aaaaaaaaaaaa" in said
+    assert "100 per case: popularity, seed 0, lists bbbbbbbbbbbb" in said
+    assert "varying candidates" in " ".join(said.split())
+
+
+def test_published_full_rankings_never_stand_beside_candidate_lists():
+    file = Published("paper", {"users": 400, "items": 1000, "interactions": 9000}, {}, "", ())
+    ours = run("ID", pool={}).record
+    assert file.refusal(ours["data"], ours["protocol"]) == "all candidates there, 100 per case here"
+    ours = run("ID").record
+    assert file.refusal(ours["data"], ours["protocol"]) == ""

@@ -1,0 +1,129 @@
+"""The commands that can fill a suite's row, each with its options and what decides its numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence, Set
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llmrec.errors import UsageError, nearest
+from llmrec.evaluation.result import identity
+from llmrec.options import as_dict, option_names
+
+if TYPE_CHECKING:
+    from llmrec.chat.server import Servers
+
+PROGRAMS = {
+    "train": "llmrec.train_tcf",
+    "chat": "llmrec.chat.command",
+}
+"""Name in a suite's row (``program: chat``) -> module with its ``configure`` and ``run``."""
+CONFIGS = {
+    "train": "llmrec.assembly.TrainConfig",
+    "chat": "llmrec.chat.command.ChatConfig",
+}
+"""The dataclass of each one's options."""
+PLANNED = {"p5": "P5-style models"}
+"""Programs that suites may name already; their rows are shown as missing."""
+
+
+class Shared:
+    """What the rows of a suite have in common while it runs: data read once, one chat server."""
+
+    def __init__(self) -> None:
+        """Nothing is held yet."""
+        from llmrec.data.readers import load_dataset
+        from llmrec.encoders.loading import locate
+
+        self.fingerprint = functools.cache(lambda data: load_dataset(data).fingerprint())
+        self.located = functools.cache(lambda encoder: str(locate(encoder).identity))
+        self.servers: Servers | None = None
+
+    def __enter__(self) -> Shared:
+        """As it is."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop the chat server, if a row started one."""
+        if self.servers is not None:
+            self.servers.stop()
+
+
+def check_program(name: str) -> None:
+    """Refuse a program that there is not and that is not planned either."""
+    if name not in (*PROGRAMS, *PLANNED):
+        raise UsageError(f"program: {name} is no command: {nearest(name, [*PROGRAMS, *PLANNED])}")
+
+
+def configure(name: str, argv: Sequence[str]) -> Any:
+    """The config of a row's command line; refuses mistakes in it."""
+    return import_module(PROGRAMS[name]).configure(argv)
+
+
+def row_identity(name: str, argv: Sequence[str], shared: Shared) -> dict[str, Any]:
+    """What decides the numbers of a row; see `result.identity`."""
+    config = configure(name, argv)
+    options, data = as_dict(config), str(shared.fingerprint(config.data))
+    return identity(options, data, _READERS[name](config, shared))
+
+
+def run(name: str, argv: Sequence[str], shared: Shared) -> int:
+    """Fill a row; its exit code."""
+    if name == "chat":
+        from llmrec.chat import command
+        from llmrec.chat.server import Servers
+
+        shared.servers = shared.servers or Servers()
+        return command.run(argv, shared.servers)
+    return int(import_module(PROGRAMS[name]).run(argv))
+
+
+def shared_options(options: dict[str, Any], name: str, among: Set[str]) -> dict[str, Any]:
+    """Those of options given to all rows that a program takes.
+
+    An option that none of the programs knows stays, so that the row refuses it by name. A file of
+    options (``config``) is one of the train command's.
+
+    Args:
+        options: By dotted name.
+        name: The program.
+        among: All programs of the suite.
+    """
+    if among == {name}:
+        return options
+    known = {other: _options(other) for other in among}
+    elsewhere = frozenset[str]().union(*(known[other] for other in among - {name}))
+    return {
+        option: value
+        for option, value in options.items()
+        if (option in known[name] or option not in elsewhere)
+        and (name == "train" or option != "config")
+    }
+
+
+def _options(name: str) -> frozenset[str]:
+    module, _, config_class = CONFIGS[name].rpartition(".")
+    return option_names(getattr(import_module(module), config_class))
+
+
+def _train_reader(config: Any, shared: Shared) -> str | None:
+    """What tells the encoder's files, where a training run reads text."""
+    from llmrec.models.baselines import BASELINES
+
+    if config.tower.name == "id" or config.model.name in BASELINES:
+        return None
+    return "TF-IDF" if config.tower.control == "tfidf" else shared.located(config.encoder)
+
+
+def _chat_reader(config: Any, shared: Shared) -> str | None:
+    """What tells the chat model and its templates."""
+    from llmrec.chat.command import reader_of
+
+    return reader_of(config)
+
+
+_READERS: dict[str, Callable[[Any, Shared], str | None]] = {
+    "train": _train_reader,
+    "chat": _chat_reader,
+}
