@@ -41,7 +41,7 @@ def _listing(verbs: Mapping[str, tuple[str, str]]) -> str:
         [
             "usage: llmrec VERB [options]",
             "",
-            *(f"  {verb:14s}{line}" for verb, (_, line) in verbs.items()),
+            *(f"  {verb:16s}{line}" for verb, (_, line) in verbs.items()),
             "",
             "  llmrec VERB --help    the verb's options, with their units and defaults",
             "",

@@ -44,15 +44,15 @@ def test_every_shipped_yaml_is_a_mapping(path: Path) -> None:
 def test_every_cell_of_every_suite_configures(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    from llmrec.evaluation.programs import configure
     from llmrec.evaluation.suite import cells, read_suite
-    from llmrec.train_tcf import configure
 
     monkeypatch.chdir(ROOT)  # suites name configs/ as seen from the clone
     (tmp_path / "amazon-beauty-2014").mkdir()  # their data need not be here
     monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
     suite = read_suite(path)
     assert suite.title and suite.question and suite.measures and suite.baseline in suite.rows
-    assert all(configure(cell.argv).run.label == cell.label for cell in cells(suite))
+    assert all(configure(c.program, c.argv).run.label == c.label for c in cells(suite))
     assert f"# llmrec evaluate {name(path)}" in path.read_text() or path.stem in WITHOUT_COMMAND
 
 

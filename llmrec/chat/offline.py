@@ -15,7 +15,8 @@ from typing import Any
 
 from llmrec.chat.journal import AnswerJournal
 from llmrec.chat.requests import Answer, Choice, Pattern, Request, Schema, Status
-from llmrec.chat.server import ServerConfig, engine_words, no_vllm
+from llmrec.chat.server import ServerConfig, engine_words
+from llmrec.chat.vllm_server import no_vllm
 from llmrec.errors import UsageError
 from llmrec.progress import Tell
 
@@ -23,6 +24,8 @@ TESTED = "0.32"
 """The release of vLLM that this is tested with."""
 BATCH = 256
 """Prompts per batch: enough to fill a GPU; a stop loses the answers of one batch."""
+LONGEST_REASON = 300
+"""Characters of vLLM's own words that are kept."""
 LEAST_LOGPROB = -9999.0
 """What vLLM's server says instead of minus infinity, which JSON cannot."""
 
@@ -84,13 +87,13 @@ class _Engine:
         self.refusals = (ValueError, vllm.exceptions.VLLMClientError)
         self.lora = None
         if config.lora:
-            name, folder = config.adapter()
+            name, folder = config.lora_parts
             self.lora = vllm.lora.request.LoRARequest(name, 1, str(folder.resolve()))
         try:
             self.model = vllm.LLM.from_engine_args(_engine_args(config))
         except (*self.refusals, RuntimeError, OSError) as error:
             raise UsageError(
-                f"vLLM cannot load server.model={config.model}: {_first_line(error)}. "
+                f"vLLM cannot load server.model={config.model}: {_words(error)}. "
                 "Check server.arguments; its own words are above."
             ) from error
 
@@ -108,7 +111,7 @@ class _Engine:
             if len(batch) > 1:
                 half = len(batch) // 2
                 return self.answers(batch[:half]) + self.answers(batch[half:])
-            problem = f"refused: {_first_line(error)}"
+            problem = f"refused: {_words(error)}"
             return [Answer(batch[0].number, batch[0].digest(), "invalid", problem=problem)]
         seconds = round(time.monotonic() - began, 3)
         return [_answer(*pair, seconds) for pair in zip(batch, outputs, strict=True)]
@@ -181,5 +184,6 @@ def _answer(request: Request, output: Any, seconds: float) -> Answer:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+def _words(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words[:LONGEST_REASON].rstrip(".")

@@ -8,10 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from llmrec.chat.matching import Kind, TitleMatcher
 from llmrec.chat.requests import Choice, Constraint, Pattern
+
+PARTS = 4
+"""Quoted parts, and separators after which an explanation may begin, that are tried in a line."""
 
 _RANK = {"exact": 0, "normalised": 1, "fuzzy": 2, "seen": 3, "invented": 4}
 
@@ -40,7 +44,7 @@ def _spoken(text: str) -> str:
 # Quotation marks, emphasis and the like around a title.
 _WRAP = " \t\r\n\"'*_`“”„«»‘’"  # noqa: RUF001
 _QUOTED = re.compile(r"[\"“„«]([^\"“”«»]+)[\"”“»]|\*\*([^*]+)\*\*")
-_SEPARATOR = re.compile(r"\s+[-–—|]\s+|:\s+|\s+\(")  # noqa: RUF001
+_SEPARATOR = re.compile(r"\s[-–—|]\s|:\s|\s\(")  # noqa: RUF001
 
 
 def _guesses(line: str) -> Iterator[str]:
@@ -48,9 +52,9 @@ def _guesses(line: str) -> Iterator[str]:
     yield line
     yield line.strip(_WRAP)
     yield line.rstrip(",.;").strip(_WRAP)
-    for found in _QUOTED.finditer(line):
+    for found in islice(_QUOTED.finditer(line), PARTS):
         yield (found[1] or found[2]).strip()
-    for found in _SEPARATOR.finditer(line):
+    for found in islice(_SEPARATOR.finditer(line), PARTS):
         yield line[: found.start()].strip(_WRAP)
 
 
@@ -74,6 +78,10 @@ _ENTRY = re.compile(
     r"|(?P<object>\{[^{}]*\}))",
     re.DOTALL,
 )
+_JSON = json.JSONDecoder(strict=False)
+_OPENING = re.compile(r"\[(?=\s*[\"{\[])")
+ARRAYS = 20
+"""Places where valid JSON is looked for."""
 _TITLE_FIELD = re.compile(r"\"(?:title|name|item)\"\s*:\s*(\"(?:[^\"\\]|\\.)*\")", re.IGNORECASE)
 _NUMBERED = re.compile(r"^\s*(?:#?\d{1,3}\s*[.):]|[-*•–·]+(?=\s))\s*")  # noqa: RUF001
 
@@ -113,6 +121,8 @@ def _lines(text: str, matcher: TitleMatcher) -> list[tuple[int | None, Kind]]:
 
 def _array(text: str) -> list[str]:
     best: list[str] = []
+    for opening in islice(_OPENING.finditer(text), ARRAYS):
+        best = max(_whole_array(text, opening.start()), best, key=len)
     end = 0
     while start := _ARRAY.search(text, end):
         end, titles = start.end(), []
@@ -126,6 +136,24 @@ def _array(text: str) -> list[str]:
                 titles.append(_string(named[1]))
         best = max(titles, best, key=len)  # of equals the first given, which stands later
     return best
+
+
+def _whole_array(text: str, start: int) -> list[str]:
+    """The entries of valid JSON; one that names nothing is an empty title, which is counted."""
+    try:
+        entries = _JSON.raw_decode(text, start)[0]
+    except (ValueError, RecursionError):
+        return []
+    return [_title_of(entry) for entry in entries]
+
+
+def _title_of(entry: Any) -> str:
+    if isinstance(entry, list) and len(entry) == 1:
+        entry = entry[0]
+    if isinstance(entry, dict):
+        named = (value for key, value in entry.items() if key.lower() in ("title", "name", "item"))
+        entry = next(named, "")
+    return entry if isinstance(entry, str) else ""
 
 
 def _string(quoted: str) -> str:
@@ -143,7 +171,8 @@ _ASKED = r"\b(?i:answer|option|choice|letter|pick|choose|select)\b(?:\s+is\b)?[\
 _LEAD = re.compile(rf"^[\W_]*(?:(?i:the|my|final|best|i)\s+)*(?:{_ASKED})?[A-Z][).:\]*,\s-]+")
 _LOWER = re.compile(r"^[\W_]*[a-z](?=[):])")
 _LETTER = re.compile(rf"({_ASKED})?(?<![\w'’&])([A-Z])(?![\w'’&])(\s+[\w]+)?")  # noqa: RUF001
-_VERBS = frozenset("is or and because since as for seems fits looks".split())
+_VERBS = frozenset("is or and because since as for seems fits looks over".split())
+_REFUSES = re.compile(r"\b(?:neither|none|nor)\b", re.IGNORECASE)
 
 
 def parse_pick(text: str, matcher: TitleMatcher, letters: Sequence[str]) -> Parsed:
@@ -158,6 +187,8 @@ def parse_pick(text: str, matcher: TitleMatcher, letters: Sequence[str]) -> Pars
     if only and only[1].upper() in letters:
         return Parsed((letters.index(only[1].upper()),), {"exact": 1})
     titles, rest = _titles_in(text, matcher)
+    if not titles and _REFUSES.search(rest):
+        return _UNPARSABLE
     named = {letters.index(letter) for letter in _letters_in(rest) if letter in letters}
     if len(named) > 1 or (len(titles) > 1 and not named & titles.keys()):
         return _UNPARSABLE
@@ -188,11 +219,12 @@ def _titles_in(text: str, matcher: TitleMatcher) -> tuple[dict[int, Kind], str]:
 
 
 def _letters_in(text: str) -> set[str]:
-    """Capitals by themselves that are no article ("A tent") and no pronoun ("I think")."""
+    """Capitals by themselves that are no part of a name ("A tent", "Vitamin C cream")."""
     letters = set()
-    for asked, letter, word in _LETTER.findall(text):
-        verbs = _VERBS if letter == "A" else ()
-        if asked or letter not in "AI" or not word or word.strip() in verbs:
+    for found in _LETTER.finditer(text):
+        asked, letter, word = found.groups()
+        leads = letter not in "AI" and not text[: found.start()].strip(_WRAP + "([")
+        if asked or leads or not word or word.strip() in _VERBS:
             letters.add(letter)
     return letters
 
@@ -218,7 +250,7 @@ _SCALE = re.compile(
     re.IGNORECASE,
 )
 _OTHER_SCALE = re.compile(r"(?:/|\bout\s+of\b)\s*\d+", re.IGNORECASE)
-_NUMBER = r"[-−]?\d+(?:[.,]\d+)?"  # noqa: RUF001
+_NUMBER = r"(?<!\d)[-−]?\d{1,9}(?!\d)(?:[.,]\d{1,9})?"  # noqa: RUF001
 _STARS = re.compile(rf"({_NUMBER}|\b(?:{'|'.join(_WORDS)})\b)[\s-]*(?:stars?\b|★)", re.IGNORECASE)
 _FIRST = re.compile(rf"{_NUMBER}|\b(?:{'|'.join(_WORDS)})\b(?!\s+of\b)", re.IGNORECASE)
 

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import re
-import secrets
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
-from llmrec.chat import keeper
 from llmrec.chat.endpoint import Endpoint
-from llmrec.encoders.loading import EncoderConfig, locate
+from llmrec.chat.vllm_server import VllmServer
+from llmrec.encoders.loading import EncoderConfig, Location, locate
 from llmrec.errors import UsageError
 from llmrec.runs import sha256_of
 
 OURS = ("--api-key", "--host", "--port", "--model", "--served-model-name", "--uds")
 """Words of vLLM's command line that are set here and nowhere else."""
-POLL_SECONDS = 0.5
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
+COMPACT = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+"""JSON without the blanks between entries with which a weak model fills all its tokens."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +63,27 @@ class ServerConfig:
             self._check_url()
         elif self.base_url:
             raise UsageError(
-                f"server.base_url={self.base_url} means nothing to server.name={self.name}, which "
+                f"server.base_url means nothing to server.name={self.name}, which "
                 "starts vLLM itself. Leave it out, or use server.name=url."
             )
         if self.lora and not all(self.lora_parts):
             raise UsageError(
                 f"server.lora={self.lora} must be NAME=FOLDER, such as shop=runs/adapter."
             )
+        if self.lora and self.lora_parts[0] == self.model:
+            raise UsageError(
+                f"server.lora={self.lora} names the adapter like the model, which would answer in "
+                "its place. Name it otherwise."
+            )
         if self.name == "offline" and self.python:
             raise UsageError(
                 f"server.python={self.python} means nothing to server.name=offline, whose engine "
                 "runs in this process. Leave it out, or start llmrec with that interpreter."
             )
-        if self.name == "offline" and self.dialect != "auto":
+        if self.name != "url" and self.dialect != "auto":
             raise UsageError(
-                f"server.dialect={self.dialect} means nothing to server.name=offline. Leave it out."
+                f"server.dialect={self.dialect} means nothing to server.name={self.name}, which is "
+                "vLLM. Leave it out."
             )
         for word in map(str, self.arguments):
             if word.split("=")[0].replace("_", "-") in OURS:
@@ -97,11 +95,8 @@ class ServerConfig:
             raise UsageError(f"server.start_seconds={self.start_seconds} must be at least 1.")
 
     def _check_url(self) -> None:
-        if self.base_url and urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise UsageError(
-                f"server.base_url={self.base_url} must begin with http:// or https://, such as "
-                "http://127.0.0.1:8000/v1."
-            )
+        if self.base_url:
+            Endpoint(self.base_url, self.model)  # refuses what is no address, or holds a secret
         given = {
             "lora": self.lora,
             "arguments": self.arguments,
@@ -157,14 +152,21 @@ def identity(config: ServerConfig) -> str:
     if config.name == "url":
         return f"{config.model} at {config.base_url.rstrip('/')}"
     folder = Path(config.model)
-    told = _files(folder) if folder.is_dir() else f"{config.model}@{_commit(config)}"
+    if not folder.is_dir():
+        told = f"{config.model}@{_on_the_hub(config).identity}"
+    elif (folder / "config.json").is_file():
+        told = _files(folder)
+    else:
+        raise UsageError(
+            f"server.model={folder} has no config.json. Give the folder that save_pretrained wrote."
+        )
     return f"{told} + {_files(_adapter(config))}" if config.lora else told
 
 
-def _commit(config: ServerConfig) -> str:
-    """The commit that a hub model's revision stands for."""
+def _on_the_hub(config: ServerConfig) -> Location:
+    """Where a hub model is, and the commit that its revision stands for."""
     try:
-        return locate(EncoderConfig(config.model, config.revision)).revision
+        return locate(EncoderConfig(config.model, config.revision))
     except UsageError as error:
         raise UsageError(
             f"server.model={config.model} (revision {config.revision}) is no local folder and "
@@ -224,11 +226,17 @@ def lora_rank(config: ServerConfig) -> int:
 
 def engine_words(config: ServerConfig) -> list[str]:
     """What vLLM's command line says of the model, for its server and its engine alike."""
-    words = ["--model", config.model, "--dtype", config.dtype]
+    check_complete(config)
+    if Path(config.model).is_dir():
+        words = ["--model", config.model]
+    else:
+        place = _on_the_hub(config)
+        words = ["--model", place.source]
+        if place.source == config.model:  # else the folder of that commit in the hub's cache
+            words += ["--revision", place.revision]
     # Else the model's own generation_config.json changes answers behind the temperature's back.
-    words += ["--generation-config", "vllm"]
-    if not Path(config.model).is_dir():
-        words += ["--revision", _commit(config)]
+    words += ["--dtype", config.dtype, "--generation-config", "vllm"]
+    words += ["--structured-outputs-config", COMPACT]
     if config.lora:
         words += ["--enable-lora", "--max-lora-rank", str(lora_rank(config))]
     return words + [str(word) for word in config.arguments]
@@ -242,7 +250,8 @@ class Servers:
 
     def __init__(self) -> None:
         """Nothing runs yet."""
-        self._running: _Vllm | None = None
+        self._running: VllmServer | None = None
+        self._config = ServerConfig()
 
     def __enter__(self) -> Servers:
         """The holder itself."""
@@ -255,7 +264,7 @@ class Servers:
         trace: TracebackType | None,
     ) -> None:
         """Stop what runs."""
-        self._stop()
+        self.stop()
 
     def endpoint(self, config: ServerConfig, seed: int, temperature: float, log: Path) -> Endpoint:
         """Whom to ask, up and answering.
@@ -274,139 +283,23 @@ class Servers:
         if config.name == "url":
             key = os.environ.get(config.api_key_variable, "")
             return Endpoint(config.base_url, model, key, config.spoken, temperature, seed)
-        if self._running is None or self._running.config != config or self._running.has_ended:
-            self._stop()
-            self._running = _Vllm(config, log)
+        if self._running is None or self._config != config or self._running.has_ended:
+            self.stop()
+            words = ["--served-model-name", config.model, *engine_words(config)]
+            if config.lora:
+                words += ["--lora-modules", config.lora]
+            self._running = VllmServer(config.python or sys.executable, words, log)
+            self._config = config
             try:
-                self._running.wait_until_it_answers(model)
+                self._running.wait_until_it_answers(model, config.start_seconds)
             except BaseException:
-                self._stop()
+                self.stop()
                 raise
         base_url, key = f"{self._running.address}/v1", self._running.key
         return Endpoint(base_url, model, key, config.spoken, temperature, seed)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Stop the server that runs, if any; returns once it is gone."""
         running, self._running = self._running, None
         if running is not None:
             running.stop()
-
-
-@contextlib.contextmanager
-def serving(config: ServerConfig, seed: int, temperature: float, log: Path) -> Iterator[Endpoint]:
-    """A server for the time of the block; see `Servers.endpoint`."""
-    with Servers() as servers:
-        yield servers.endpoint(config, seed, temperature, log)
-
-
-class _Vllm:
-    """A vLLM server of ours, from its start on."""
-
-    def __init__(self, config: ServerConfig, log: Path) -> None:
-        self.config, self.log = config, log
-        python = config.python or sys.executable
-        _check_installed(python)
-        self.key = secrets.token_urlsafe(32)
-        port = _free_port()
-        self.address = f"http://127.0.0.1:{port}"
-        words = [python, "-m", "vllm.entrypoints.openai.api_server"]
-        words += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-        words += ["--served-model-name", config.model, *engine_words(config)]
-        name, folder = config.lora_parts
-        if config.lora:
-            words += ["--lora-modules", f"{name}={folder}"]
-        environment = os.environ | {"VLLM_API_KEY": self.key, "VLLM_NO_USAGE_STATS": "1"}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(keeper.__file__)), *words],
-                stdin=subprocess.PIPE,  # held until we end, by whatever end
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is ours to handle
-            )
-
-    @property
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def wait_until_it_answers(self, model: str) -> None:
-        until = time.monotonic() + self.config.start_seconds
-        while time.monotonic() < until:
-            if self.has_ended:
-                raise UsageError(
-                    f"vLLM ended before server.model={self.config.model} could answer; {self.log} "
-                    f"says:\n{_why(self.log)}"
-                )
-            # Only a server of ours knows the key, so that none on the same port is mistaken for it.
-            if self._says("/health", key="") is not None:
-                listed = self._says("/v1/models", self.key)
-                if self._says("/v1/models", key="") is None and _lists(listed, model):
-                    return
-            time.sleep(POLL_SECONDS)
-        raise UsageError(
-            f"vLLM did not answer for server.model={self.config.model} within "
-            f"server.start_seconds={self.config.start_seconds}; see {self.log}. Raise it, or serve "
-            "a smaller model."
-        )
-
-    def _says(self, path: str, key: str) -> bytes | None:
-        """The body of a reply with status 200, None where there is none."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(f"{self.address}{path}", headers=headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=10) as reply:
-                body: bytes = reply.read()
-                return body
-        except (OSError, urllib.error.URLError, ValueError):  # not up yet
-            return None
-
-    def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(keeper.GRACE_SECONDS + 5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-
-
-def _check_installed(python: str) -> None:
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    try:
-        found = subprocess.run([python, "-c", code], capture_output=True, check=False).returncode
-    except OSError as error:
-        raise UsageError(
-            f"server.python={python} cannot be run ({error.strerror}). Name the interpreter of the "
-            "environment that holds vLLM."
-        ) from error
-    if found != 0:
-        raise UsageError(
-            f"server.name=vllm: {python} has no vLLM. Run pip install 'llmrec[vllm]', or name the "
-            "interpreter of the environment that holds it with server.python."
-        )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def _lists(body: bytes | None, model: str) -> bool:
-    try:
-        values: Any = json.loads(body or b"")
-        return any(entry["id"] == model for entry in values["data"])
-    except (ValueError, LookupError, TypeError):
-        return False
-
-
-def _why(log: Path, lines: int = 3) -> str:
-    """The last errors that a log names, else its last lines."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in said if re.search(r"\b\w*(Error|Exception|error): ", line)]
-    distinct = list(dict.fromkeys(errors or said))
-    return "\n".join(distinct[-lines:]) or "nothing"

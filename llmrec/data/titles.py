@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 RUF003  (look-alike characters are the matter here)
+# ruff: noqa: RUF001, RUF002
 """Titles are data: how one is shown inside a prompt, and when two mean the same.
 
 A title comes from whoever sold the item. Inside a prompt it must stay one line between quotation
@@ -13,18 +13,17 @@ import unicodedata
 LIMIT = 200
 """Characters of a title that are shown."""
 
-# Special tokens stand between angle brackets; prompts put titles between double quotes. Also what
+# Special tokens stand between angle or square brackets; prompts put titles between double quotes.
+# Brackets are so few in titles that all of them go, not those of known tokens alone. Also what
 # a tokenizer that normalises its input (NFKC, or NFKD without accents) turns into one of these.
 _SIGNS = str.maketrans(
     {
         "<": "‹", "﹤": "‹", "＜": "‹", "≮": "‹",
         ">": "›", "﹥": "›", "＞": "›", "≯": "›",
         '"': "'", "＂": "'", "`": "'", "｀": "'", "\u1fef": "'",
-        "［": "[", "﹇": "[", "］": "]", "﹈": "]",
+        "[": "(", "［": "(", "﹇": "(", "]": ")", "］": ")", "﹈": ")",
     }
 )  # fmt: skip
-_MARKER = re.compile(r"\[(/?[A-Z][A-Z0-9_/ ]*)\]")
-"""Special tokens such as [INST], [/INST] and [MASK]: upper case between square brackets."""
 _NO_WORD = re.compile(r"[\W_]+")
 
 
@@ -33,13 +32,13 @@ def displayed(text: str, limit: int = LIMIT) -> str:
 
     Control and format characters (zero width, direction), lone surrogates and unassigned ones go,
     white space becomes one space, angle brackets become ‹ ›, double quotes and backticks single
-    quotes, markers such as [INST] get round brackets. A longer title is clipped at a word and ends
-    in an ellipsis.
+    quotes, square brackets round ones. A longer title is clipped at a word and ends in an
+    ellipsis.
     """
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text)
     text = unicodedata.normalize("NFC", text).translate(_SIGNS)
-    text = " ".join(_MARKER.sub(r"(\1)", text).split())
+    text = " ".join(text.split())
     if len(text) <= limit:
         return text
     kept = text[: limit - 1]

@@ -109,9 +109,10 @@ def _options(name: str) -> frozenset[str]:
 
 def _train_reader(config: Any, shared: Shared) -> str | None:
     """What tells the encoder's files, where a training run reads text."""
-    from llmrec.models.baselines import BASELINES
+    from llmrec.models.baselines import BASELINES, READ_VECTORS
 
-    if config.tower.name == "id" or config.model.name in BASELINES:
+    learns_nothing = config.model.name in BASELINES and config.model.name not in READ_VECTORS
+    if config.tower.name == "id" or learns_nothing:
         return None
     return "TF-IDF" if config.tower.control == "tfidf" else shared.located(config.encoder)
 

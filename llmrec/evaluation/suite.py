@@ -28,8 +28,8 @@ from llmrec.reporting.render import console, print_table, write_files
 Options: TypeAlias = dict[str, Any]
 """Options of a row's command by dotted name."""
 
-HELP = """usage: llmrec evaluate SUITE.yaml [--out FOLDER] [--seeds 0,1,2] [--overwrite]
-                              [--dotted.option VALUE]
+HELP = """usage: llmrec evaluate SUITE.yaml [--out FOLDER] [--seeds 0,1,2] [--without ROW,ROW]
+                              [--overwrite] [--dotted.option VALUE]
 
 Runs every row x seed of the suite and prints the comparison. Runs in the out folder that are
 finished with the same config, data and encoder are kept; finished runs that differ are refused,
@@ -81,6 +81,9 @@ class Suite:
     """Others' results to print beside ours."""
     varies: Sequence[str] = ()
     """Rules of the protocol that the rows differ in on purpose, such as filter_seen."""
+
+    commands: frozenset[str] = frozenset({"train"})
+    """All that fill rows, those left out by --without too: the base may hold their options."""
 
     def program(self, label: str) -> str:
         """The command that fills a row: train, unless the row says otherwise."""
@@ -158,6 +161,7 @@ def read_suite(path: Path) -> Suite:
     check_varies(suite.varies)
     for label in rows:
         check_program(suite.program(label))
+    suite = replace(suite, commands=frozenset(map(suite.program, rows)) - PLANNED.keys())
     if suite.baseline in suite.missing:
         raise UsageError(f"{path}: the baseline {suite.baseline!r} is not built yet.")
     for label in (suite.baseline, *(label for pair in suite.contrasts for label in pair)):
@@ -183,16 +187,16 @@ def override(suite: Suite, words: Sequence[str]) -> Suite:
         word = words.pop(0)
         if not word.startswith("--"):
             raise UsageError(
-                f"Unexpected {word!r}. Options are --out, --seeds, --overwrite and --dotted.option "
-                "VALUE."
+                f"Unexpected {word!r}. Options are --out, --seeds, --without, --overwrite and "
+                "--dotted.option VALUE."
             )
         if word == "--overwrite":
             suite = replace(suite, overwrite=True)
             continue
         name, given, value = word[2:].partition("=")
-        if name not in ("out", "seeds") and "." not in name:
+        if name not in ("out", "seeds", "without") and "." not in name:
             raise UsageError(
-                f"Unknown option {word}: {nearest(name, ('out', 'seeds', 'overwrite'))} "
+                f"Unknown option {word}: {nearest(name, ('out', 'seeds', 'without', 'overwrite'))} "
                 "Options of the rows' commands are dotted, such as --data.source."
             )
         if not given:
@@ -203,10 +207,30 @@ def override(suite: Suite, words: Sequence[str]) -> Suite:
             suite = replace(suite, out=Path(value))
         elif name == "seeds":
             suite = replace(suite, seeds=_seeds(Path("--seeds"), _whole_numbers(value)))
+        elif name == "without":
+            suite = _without(suite, value.split(","))
         else:
             shared[name] = value
     _refuse_decided("The command line", shared)
     return replace(suite, shared=shared)
+
+
+def _without(suite: Suite, labels: Sequence[str]) -> Suite:
+    """The suite without some of its rows and the contrasts that name them."""
+    for label in labels:
+        if label not in suite.rows:
+            raise UsageError(
+                f"--without {label}: no row is called so; {nearest(label, suite.rows)}"
+            )
+    if suite.baseline in labels:
+        raise UsageError(
+            f"--without {suite.baseline}: every row is compared with this one. Keep it."
+        )
+    return replace(
+        suite,
+        rows={label: row for label, row in suite.rows.items() if label not in labels},
+        contrasts=[pair for pair in suite.contrasts if not set(pair) & set(labels)],
+    )
 
 
 def _refuse_decided(where: str, options: Options) -> None:
@@ -241,7 +265,7 @@ def cells(suite: Suite) -> list[Cell]:
 def _options(suite: Suite, label: str, name: str) -> Options:
     """A row's options, over those that all rows share and its command takes."""
     own = {key: value for key, value in suite.rows[label].items() if key != "program"}
-    among = {suite.program(other) for other in suite.rows} - PLANNED.keys()
+    among = suite.commands
     return shared_options(suite.base, name, among) | own | shared_options(suite.shared, name, among)
 
 

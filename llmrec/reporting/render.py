@@ -36,6 +36,8 @@ COST_COLUMNS = {
     "peak_memory_bytes": "peak memory",
 }
 """Entries of a result's cost that tables show, with their headings."""
+FEW_ROWS = ("cache_seconds", "ask_seconds", "prompt_tokens", "completion_tokens", "money")
+"""Those that are shown only where a row has them."""
 
 BEYOND_COLUMNS = {
     "coverage": ("coverage\n% of items", 100, ".1f"),
@@ -252,12 +254,10 @@ def _beyond_cell(value: Mapping[str, float | None] | None, factor: int, form: st
 def _cost(record: Mapping[str, Any]) -> Grid:
     rows = record["rows"]
     # Only tuned rows cache, only chat rows ask, some for money; else the column would be empty.
-    always = ("train_seconds", "encode_seconds", "trainable_parameters", "flops")
-    always = (*always, "peak_memory_bytes")
     shown = {
         name: title
         for name, title in COST_COLUMNS.items()
-        if name in always or any(row["cost"].get(name) for row in rows)
+        if name not in FEW_ROWS or any(row["cost"].get(name) for row in rows)
     }
     lines = [[row["label"], *(_amount(n, row["cost"].get(n)) for n in shown)] for row in rows]
     return Grid(("cost", *shown.values()), lines)

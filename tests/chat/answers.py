@@ -33,7 +33,11 @@ def guess(prompt: str) -> str:
 def first_option(prompt: str) -> str:
     """A model that always takes what stands first."""
     options = LETTERED.findall(prompt)
-    return options[0][0] if options else json.dumps(POOLED.findall(prompt)[: int(WANTED.search(prompt)[1])])  # type: ignore[index]
+    return (
+        options[0][0]
+        if options
+        else json.dumps(POOLED.findall(prompt)[: int(WANTED.search(prompt)[1])])
+    )  # type: ignore[index]
 
 
 def gullible(prompt: str) -> str:

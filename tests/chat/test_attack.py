@@ -75,7 +75,8 @@ def test_unlisted_candidates_share_the_places_that_are_left() -> None:
     items = np.array([[11, 12, 13, 14]])
     found = Tally(np.array([[4.0, np.nan, 3.0, np.nan]]))
     places = [
-        float(attack.places(found, items, np.array([0]), np.array([place]))[0]) for place in range(4)
+        float(attack.places(found, items, np.array([0]), np.array([place]))[0])
+        for place in range(4)
     ]
     assert places == [1.0, 3.5, 2.0, 3.5]  # places 3 and 4 on average
     tied = Tally(np.array([[1.0, 1.0, 0.0, 0.0]]))

@@ -273,7 +273,9 @@ def test_probabilities_are_read_where_the_server_gives_them(tmp_path, model) -> 
         assert server.bodies[0]["top_logprobs"] == 20 and server.bodies[0]["max_tokens"] == 1
     plan = command.prepare(command.configure(words("http://x", tmp_path / "run"))).plan
     per_user = read_result(tmp_path / "run").per_user
-    for case, (greater, equal) in enumerate(zip(per_user["greater"], per_user["equal"], strict=True)):
+    for case, (greater, equal) in enumerate(
+        zip(per_user["greater"], per_user["equal"], strict=True)
+    ):
         truth = "ABCD"[plan.question(case, 0).truth or 0]
         # B before A; C and D have nothing and share the last places
         assert (greater, equal) == {"B": (0, 0), "A": (1, 0), "C": (2, 1), "D": (2, 1)}[truth]
@@ -307,7 +309,9 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for item in rng.permutation(12)[:8]
     ]
     path = tmp_path_factory.mktemp("rated") / "rated.csv"
-    pl.DataFrame(rows, schema=["user_id", "item_id", "title", "rating"], orient="row").write_csv(path)
+    pl.DataFrame(rows, schema=["user_id", "item_id", "title", "rating"], orient="row").write_csv(
+        path
+    )
     return path
 
 

@@ -1,4 +1,4 @@
-"""Promise 8: a chat evaluation killed at ten points writes the same bytes, and pays nothing twice."""
+"""A chat evaluation killed at ten points writes the same bytes, and pays nothing twice."""
 
 import json
 import signal

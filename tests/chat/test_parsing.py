@@ -3,6 +3,7 @@
 import json
 import math
 import string
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -293,6 +294,18 @@ def test_no_text_breaks_a_parser_and_places_are_distinct_candidates(text) -> Non
     assert not obeys(text, LISTED) or set(json.loads(text)) <= {"x", "y"}
 
 
+@pytest.mark.parametrize(
+    "piece",
+    ["- ", ": ", '["', "['", '"', "a'", "answer ", "1", "x" + " " * 5000, "the ", "_", "**a"],
+)
+def test_a_model_that_repeats_itself_to_the_end_is_read_in_no_time(piece) -> None:
+    text = piece * (20_000 // len(piece))
+    started = time.monotonic()
+    parse_list(text, MATCHER, 5), parse_pick(text, MATCHER, LETTERS)
+    parse_rating(text), parse_yes_no(text)
+    assert time.monotonic() - started < 20  # tenths of a second; quadratic readers take minutes
+
+
 POOLS = st.lists(
     st.text(min_size=1, max_size=40).map(displayed).filter(bool), min_size=2, max_size=8,
     unique_by=matching_key,
@@ -321,3 +334,26 @@ def test_a_payload_behind_a_title_changes_no_answer() -> None:
         assert parse_list(json.dumps(pool), matcher, 10).kinds == {"exact": len(pool)}
         marked = "\n".join(f"{i}. {title}" for i, title in enumerate(pool, start=1))
         assert parse_list(marked, matcher, 10).places == tuple(range(len(pool)))
+
+
+@pytest.mark.parametrize(
+    ("text", "places", "kinds"),
+    [
+        ('["Fly Rod", null, "Blue Tent"]', (0, 1), {"exact": 2, "invented": 1}),
+        ('["Fly Rod", 3, "Blue Tent"]', (0, 1), {"exact": 2, "invented": 1}),
+        ('[["Fly Rod"], ["Blue Tent"]]', (0, 1), {"exact": 2}),
+        ('[{"title": "Fly {Rod}"}, {"title": "Blue Tent"}]', (0, 1), {"normalised": 1, "exact": 1}),
+    ],
+)
+def test_valid_json_loses_no_entry(text, places, kinds) -> None:
+    matcher = TitleMatcher(("Fly Rod", "Blue Tent"), ())
+    parsed = parse_list(text, matcher, 2)
+    assert (parsed.places, dict(parsed.kinds)) == (places, kinds)
+
+
+@pytest.mark.parametrize(
+    "text", ["Neither A nor B fits", "Vitamin C cream", "None of these, B is too dear"]
+)
+def test_a_letter_in_passing_is_no_answer(text) -> None:
+    matcher = TitleMatcher(("Fly Rod", "Blue Tent", "Red Kettle"), ())
+    assert parse_pick(text, matcher, "ABC").problem == "unparsable"

@@ -17,9 +17,7 @@ QUESTION = Question(
     truth=2,
     history_block="1. Camp Stove",
 )
-RATED = Question(
-    history=("Camp Stove",), candidates=("Blue Tent",), truth=0, stars=4.0, rated=(("Camp Stove", 5.0),)
-)  # fmt: skip
+RATED = Question(("Camp Stove",), ("Blue Tent",), 0, stars=4.0, rated=(("Camp Stove", 5.0),))
 
 
 def answer(text: str = "", top: dict[str, float] | None = None, status: str = "answered") -> Answer:

@@ -10,7 +10,6 @@ from test_result import facts, tiny
 from llmrec import train_tcf
 from llmrec.data import readers
 from llmrec.encoders import loading as encoders
-from llmrec.evaluation import suite as suites
 from llmrec.evaluation.result import build_result, write_result
 from llmrec.evaluation.suite import main, read_suite
 from llmrec.options import as_dict

@@ -1,9 +1,9 @@
 """Tiny chat models for the real engine: a tokeniser trained on the spot and random Llamas."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -56,4 +56,23 @@ def llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> torch.
         eos_token_id=2,
     )
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
+    # The usual .02 is made for widths in the thousands: with it so narrow a model starts blind.
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=width**-0.5)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    return model
+
+
+def save_adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter of rank 12 with weights as large as the model's own."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model)
+    config = peft.LoraConfig(r=12, lora_alpha=24, target_modules=["q_proj", "v_proj", "o_proj"])
+    adapted = peft.get_peft_model(plain, config)
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(folder)
+    return folder
