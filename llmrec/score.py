@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llmrec.assembly import Restored, TrainConfig, recommender_scores, restore, test_questions
+from llmrec.assembly import Restored, TrainConfig, recommender_scores, restore
 from llmrec.data.splits import fit_ends, split
 from llmrec.encoders.store import pick_device
 from llmrec.errors import UsageError, exit_code
@@ -23,6 +23,7 @@ from llmrec.evaluation.pools import PoolConfig, write_pools
 from llmrec.evaluation.ranking import rank_scores
 from llmrec.evaluation.result import Result, RunFacts, build_result, write_result
 from llmrec.options import as_dict, as_yaml, parse
+from llmrec.questions import pool_cases
 from llmrec.runs import CONFIG, alone, check_vacant, open_run
 
 PROG, DESCRIPTION = (
@@ -104,7 +105,7 @@ def rescored(restored: Restored, config: TrainConfig) -> Result:
     interactions, device = dataset.interactions, restored.recommender.all_items.device
     cut = split(dataset, config.split)
     ends = fit_ends(interactions, config.split)
-    cut, pools = test_questions(config.evaluation.pool, dataset, cut, ends, device)
+    cut, pools = pool_cases(config.evaluation.pool, dataset, cut, ends, str(device))
     open_run(folder, as_yaml(config), config.run.overwrite)
     if pools is not None:
         write_pools(folder, dataset, cut.test, pools)

@@ -30,8 +30,14 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 
-from llmrec import assembly, checkpoints
-from llmrec.assembly import TrainConfig
+from llmrec import checkpoints
+from llmrec.assembly import (
+    TrainConfig,
+    baseline_scores,
+    build,
+    read_texts,
+    recommender_scores,
+)
 from llmrec.checkpoints import Progress
 from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows
 from llmrec.data.interactions import Dataset, Int64, Split
@@ -54,6 +60,7 @@ from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sharding import refuse_unshardable, shard
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import EpochLog, progress_bar
+from llmrec.questions import pool_cases
 from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
 
 Part = Literal["valid", "test"]
@@ -149,9 +156,7 @@ def run(argv: Sequence[str]) -> int:
     who = identity(as_dict(config), dataset.fingerprint())
     who |= {"number format": accelerator.mixed_precision, "device": accelerator.device.type}
     ends, cut = fit_ends(dataset.interactions, config.split), split(dataset, config.split)
-    asked, pools = assembly.test_questions(
-        config.evaluation.pool, dataset, cut, ends, accelerator.device
-    )
+    asked, pools = pool_cases(config.evaluation.pool, dataset, cut, ends, str(accelerator.device))
     task = Task(config, dataset, asked, who, accelerator, console, pools)
     console.print(
         f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
@@ -201,7 +206,7 @@ def score_baseline(
     """Count or read, then rank: the rows that learn nothing by gradients."""
     began, config = time.perf_counter(), task.config
     ends = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
-    scores = assembly.baseline_scores(config, task.dataset, task.split.test, ends, encoded)
+    scores = baseline_scores(config, task.dataset, task.split.test, ends, encoded)
     ranking = rank_cases(task, scores, "test")
     cost = {"train_seconds": time.perf_counter() - began, "trainable_parameters": 0, "flops": 0}
     return {"test": ranking}, with_encoding(cost, encoded)
@@ -224,7 +229,7 @@ def prepare(task: Task, learns: bool) -> Encoded | None:
     if learns:
         refuse_untrainable(task)
     with task.accelerator.main_process_first():  # the others then find everything in the store
-        return assembly.read_texts(task.config, task.dataset.catalog, task.accelerator.device)
+        return read_texts(task.config, task.dataset.catalog, task.accelerator.device)
 
 
 def refuse_untrainable(task: Task) -> None:
@@ -333,7 +338,7 @@ def start_stage(
         shares, sampler = config.loss.shares, config.loss.sampler
         negatives = SharedNegatives.of(*data, sampler) if shares else NegativeSampler(*data)
     with accelerator.main_process_first():  # the others then find the cached states
-        model = assembly.build(config, dataset, encoded, train_end, accelerator.device)
+        model = build(config, dataset, encoded, train_end, accelerator.device)
     if sharded():
         shard(model, accelerator.device)
     language = model.tower.language_model
@@ -494,9 +499,7 @@ def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:
     cases = task.split.test if part == "test" else task.split.valid
     interactions, length = task.dataset.interactions, task.config.model.max_length
     device = task.accelerator.device
-    return rank_cases(
-        task, assembly.recommender_scores(model, interactions, cases, length, device), part
-    )
+    return rank_cases(task, recommender_scores(model, interactions, cases, length, device), part)
 
 
 def rank_cases(task: Task, scores: Scores, part: Part) -> Ranking:

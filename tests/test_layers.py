@@ -16,7 +16,8 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "resources runs doctor",
     "options progress checkpoints launch",
     "data.interactions data.tfidf data.titles",
-    "evaluation.ranking evaluation.pools evaluation.products evaluation.metrics evaluation.ratings "
+    "evaluation.config evaluation.ranking evaluation.pools evaluation.products "
+    "evaluation.metrics evaluation.ratings "
     "evaluation.significance evaluation.slices "
     "evaluation.beyond encoders.text encoders.loading encoders.blockwise encoders.tuning "
     "encoders.sharing data",
@@ -26,6 +27,7 @@ LAYERS = [  # 0 first; a name covers the modules below it
     # models.recommender joins a tower and a user model
     "evaluation.result models.recommender models.sharding evaluation.card",
     "assembly",
+    "questions",
     "train_tcf score prompting.train_p5 prompting.rating chat serving transfer",
     "reporting",
     "evaluation.suite evaluation.programs studies",  # they print the tables that reporting makes
@@ -36,7 +38,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.spl
 
 NO_TORCH = (
     r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|"
-    r"evaluation\.(metrics|significance|pools|ratings)|chat\.(requests|journal|parsing|client)|"
+    r"evaluation\.(config|metrics|significance|pools|ratings)|chat\.(?!offline).*|"
     r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it

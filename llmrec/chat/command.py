@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from rich.console import Console
 
-from llmrec.assembly import test_questions
 from llmrec.chat import offline
 from llmrec.chat.client import ask_all
 from llmrec.chat.endpoint import ClientConfig, Endpoint
@@ -40,12 +38,13 @@ from llmrec.data.readers import DataConfig, effective, load_dataset
 from llmrec.data.splits import SplitConfig, fit_ends, split, summary
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.card import run_card
+from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.pools import PoolConfig, Pools, sample_cases, write_pools
-from llmrec.evaluation.ranking import EvaluationConfig
 from llmrec.evaluation.ratings import RATING_MEASURES
 from llmrec.evaluation.result import RunFacts, build_rating_result, build_result, write_result
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import Tell, rate_bar
+from llmrec.questions import pool_cases
 from llmrec.runs import CONFIG, alone, check_vacant, open_run, write_atomically, write_json
 
 PROG, DESCRIPTION = "llmrec chat", "Ask a chat model about test cases and score its answers."
@@ -183,7 +182,7 @@ def prepare(config: ChatConfig) -> Session:
         cut = rated_cases(dataset, cut, config.evaluation.pool)
         items: Int32 = dataset.interactions.items[cut.test.target][:, None]
     else:
-        cut, pools = test_questions(config.evaluation.pool, dataset, cut, ends, torch.device("cpu"))
+        cut, pools = pool_cases(config.evaluation.pool, dataset, cut, ends, "cpu")
         assert pools is not None
         items = pools.items
     plan = Plan(config.chat, dataset, cut.test, items, config.run.seed)

@@ -6,8 +6,7 @@ All candidates are ranked, or those of each case's own list; scores are the same
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from llmrec.data.interactions import Bool, Cases, Int32, Int64, Interactions
 from llmrec.errors import UsageError
+from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import Ranking, tie_keys
-from llmrec.evaluation.pools import PoolConfig, Pools
+from llmrec.evaluation.pools import Pools
 from llmrec.evaluation.products import ItemChunks, Scores, UserVectors, dot_products
 
 COUNT_BYTES = 1 << 20
@@ -28,39 +28,6 @@ DIVERGED = (
     "A score is NaN or infinite, so nothing can be ranked: the user or item vectors have diverged. "
     "Lower the learning rate or clip gradients, and train again."
 )
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How test and validation cases are ranked."""
-
-    filter_seen: bool | Literal["papers"] = True
-    """true: items of the visible history are no candidates, except the target; papers: a repeated
-    target is removed as well and becomes a miss, as in several papers' code; false: everything is a
-    candidate."""
-    top_k: int = 20
-    """Best items kept per case."""
-    block_megabytes: int = 32
-    """Size of the score block, MiB; twice this is the peak memory beyond the vectors themselves."""
-    pool: PoolConfig = field(default_factory=PoolConfig)
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        if self.filter_seen not in (True, False, "papers"):
-            raise UsageError(
-                f"evaluation.filter_seen={self.filter_seen!r} is none of true, false, papers."
-            )
-        if self.top_k < 1:
-            raise UsageError(f"evaluation.top_k={self.top_k} must be at least 1.")
-        if self.block_megabytes < 1:
-            raise UsageError(
-                f"evaluation.block_megabytes={self.block_megabytes} must be at least 1."
-            )
-        if self.pool.size != "all" and self.filter_seen == "papers":
-            raise UsageError(
-                "evaluation.filter_seen=papers takes repeated targets out of a full ranking, which "
-                f"evaluation.pool.size={self.pool.size} is not. Use filter_seen=true, or all."
-            )
 
 
 def case_blocks(

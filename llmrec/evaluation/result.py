@@ -117,14 +117,15 @@ MOVES_NO_NUMBER = frozenset(
         "evaluation.block_megabytes", "loss.chunk_megabytes", "encoder.batch_tokens",
         "encoder.step_tokens", "encoder.checkpointing", "encoder.cache_states",
         "encoder.cache_gigabytes", "encoder.attention", "encoder.placement",
+        "server.python", "server.start_seconds", "server.api_key_variable",
     }
 )  # fmt: skip
 """Options that change where a run is written or how fast it goes, never what it finds."""
 
 
 _OFF = {
-    ("encoder.tune", "frozen"), ("encoder.quantisation", "none"), ("encoder.prompt", ""),
-    ("optim.state", "float32"), ("evaluation.pool.size", "all"),
+    "encoder.tune": "frozen", "encoder.quantisation": "none", "encoder.prompt": "",
+    "optim.state": "float32", "evaluation.pool.size": "all",
 }  # fmt: skip
 """Options that change nothing at this value."""
 _TUNING = frozenset(
@@ -150,7 +151,7 @@ def identity(
     """
     options = flatten(json.loads(json.dumps(config, default=str)))
     # Earlier versions' runs, which know no such option, are these ones.
-    options = {name: v for name, v in options.items() if (name, v) not in _OFF}
+    options = {name: v for name, v in options.items() if name not in _OFF or v != _OFF[name]}
     if "encoder.tune" not in options:
         options = {name: v for name, v in options.items() if name not in _TUNING}
     if "evaluation.pool.size" not in options:
@@ -158,7 +159,7 @@ def identity(
     decisive = {
         name: value
         for name, value in options.items()
-        if name not in MOVES_NO_NUMBER and not name.startswith("data.")
+        if name not in MOVES_NO_NUMBER and not name.startswith(("data.", "client."))
     }
     return decisive | {"data fingerprint": fingerprint, "encoder weights": weights}
 

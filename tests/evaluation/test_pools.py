@@ -7,6 +7,7 @@ import torch
 from made_pools import draw, everything, random_shop, shop
 
 from llmrec.errors import UsageError
+from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.pools import (
     PoolConfig,
@@ -16,7 +17,7 @@ from llmrec.evaluation.pools import (
     text_groups,
     write_pools,
 )
-from llmrec.evaluation.ranking import EvaluationConfig, rank, rank_scores
+from llmrec.evaluation.ranking import rank, rank_scores
 
 
 def targets_of(dataset, cases):

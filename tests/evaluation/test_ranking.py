@@ -4,8 +4,9 @@ import torch
 
 from llmrec.data.interactions import Cases, Interactions
 from llmrec.errors import UsageError
+from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import Measure, merge
-from llmrec.evaluation.ranking import EvaluationConfig, case_blocks, rank
+from llmrec.evaluation.ranking import case_blocks, rank
 
 
 def world(users=83, items=137, width=16, seed=0):

@@ -11,8 +11,9 @@ from small_runs import mean, per_user, record, refusal, train
 
 from llmrec.data.interactions import Cases, Catalog, Dataset, Interactions
 from llmrec.errors import UsageError
+from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import merge
-from llmrec.evaluation.ranking import EvaluationConfig, rank_scores
+from llmrec.evaluation.ranking import rank_scores
 from llmrec.models.baselines import BASELINES, Known
 
 TITLES = ["red lamp", "blue chair", "red chair", "oak desk", "", "a lamp, a red lamp"]

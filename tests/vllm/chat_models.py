@@ -1,6 +1,6 @@
 """Tiny chat models for the real engine: a tokeniser trained on the spot and random Llamas."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -18,8 +18,9 @@ CHAT_TEMPLATE = (
 POSITIONS = 4096
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be written, frequent words are one token each."""
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; frequent words, and lines that all texts share, are one token."""
+    shared = set.intersection(*(set(text.splitlines()) for text in texts)) - {""}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -29,7 +30,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    # As chat models have them: an answer of one token must be able to say yes.
+    words = ["yes\nno"] * len(texts)
+    bpe.train_from_iterator([*texts, *words], trainer)
+    bpe.add_tokens(sorted(shared))  # instructions: half of a prompt, and the same in each
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
