@@ -131,7 +131,7 @@ class _Asking:
         self.journal, self.tell = journal, tell
         self.url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
         self.random = random.Random(endpoint.seed)
-        self.welcome = False  # whether the server has ever taken a request
+        self.welcome = False  # whether the server has ever given an answer
         self.unanswered: list[tuple[Answer, list[str]]] = []  # in a row
         self.untold = [0, 0, 0]  # answers, retries, tokens since the last commit
         self.full = asyncio.Event()  # enough of them for a commit
@@ -211,6 +211,7 @@ class _Asking:
         else:
             problem = refusal(http.status, http.body, self.endpoint.api_key)
             reply = Reply("invalid", problem=problem)
+        self.welcome = self.welcome or reply.status in ("answered", "cut")
         answer = Answer(
             request.number,
             request.digest(),
@@ -221,9 +222,12 @@ class _Asking:
         return answer, retried, self.took(http)
 
     def took(self, http: _Http) -> bool:
-        """Whether the server did with a request what it does with each: it is not gone."""
+        """Whether a server that gives answers did with a request what it does with each.
+
+        Before its first answer even a reply of status 200 says little: a web page has it, too.
+        """
         refused = 400 <= http.status < _SERVER_ERRORS and http.status not in (401, 403, _TOO_MANY)
-        return http.status == _OK or (self.welcome and refused)
+        return self.welcome and (http.status == _OK or refused)
 
     async def attempt(self, body: bytes, number: int, seconds: float) -> _Http:
         """Send once; never raises for what a network or a server may do."""
@@ -256,7 +260,6 @@ class _Asking:
 
     def check_welcome(self, http: _Http) -> None:
         """Stop before thousands of requests fail for one reason that an option can cure."""
-        self.welcome = self.welcome or http.status == _OK
         if self.welcome:
             return
         url, model = self.endpoint.base_url, self.endpoint.model

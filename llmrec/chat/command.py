@@ -30,7 +30,7 @@ from llmrec.chat.journal import AnswerJournal
 from llmrec.chat.plan import Plan, check_data, templates_of
 from llmrec.chat.requests import Answer, Request
 from llmrec.chat.scoring import Tally, ranking_of, report, tally
-from llmrec.chat.server import ServerConfig, Servers
+from llmrec.chat.server import ServerConfig, Servers, check_complete
 from llmrec.chat.server import identity as model_identity
 from llmrec.chat.tasks import POOL_SIZES, TaskConfig, check_pool
 from llmrec.data.interactions import Dataset, Int32, Split
@@ -151,6 +151,7 @@ def configure_as(
         words.append("--server.name=url")
     config, given = parse(config_class, words, prog, description)
     config = replace(config, data=effective(config.data, given))
+    check_complete(config.server)
     pool = config.evaluation.pool
     if "evaluation.pool.size" not in given and config.chat.task != "rating":
         pool = replace(pool, size=POOL_SIZES[config.chat.task])
@@ -201,6 +202,8 @@ def ask(session: Session, journal: AnswerJournal, servers: Servers, console: Con
             engine = functools.partial(offline.ask_all, requests, config.server, temperature, seed)
         else:
             log = session.folder / "server.log"
+            if config.server.name == "vllm":
+                console.print(f"  starting vLLM, or taking the one that runs; its words: {log}")
             endpoint = servers.endpoint(config.server, seed, temperature, log)
             engine = functools.partial(_ask_server, requests, endpoint, config.client)
         stack.callback(_add_seconds, session.folder, time.perf_counter())  # interrupted ones too

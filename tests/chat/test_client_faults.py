@@ -233,3 +233,16 @@ def test_a_key_is_seen_by_the_server_alone(tmp_path: Path, figure: Figure) -> No
     assert hits == []
     figure("places searched for the key", len(places))
     figure("places that show the key", len(hits))
+
+
+def test_a_web_page_at_the_address_ends_the_run_before_it_is_taken_for_answers(
+    tmp_path: Path,
+) -> None:
+    with serving(lambda prompt, attempt: "html") as server:
+        with pytest.raises(UsageError, match="20 requests in a row got no answer"):
+            ask(tmp_path / "answers.jsonl", server.base_url, 500, 4)
+        sent = server.sent.total()
+    assert 20 <= sent <= 24  # those under way
+    with serving() as server:  # the right address: all are asked, none is recorded as invalid
+        ask(tmp_path / "answers.jsonl", server.base_url, 500, 4)
+        assert server.sent.total() == 500
