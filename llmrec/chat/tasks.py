@@ -23,13 +23,13 @@ from llmrec.chat.parsing import (
     parse_yes_no,
     pick_scores,
 )
-from llmrec.chat.requests import Answer, Choice, Constraint, Schema
+from llmrec.chat.requests import Answer, Choice, Constraint, Pattern, Schema
 from llmrec.errors import UsageError
 
 TaskName: TypeAlias = Literal["pick", "top", "list", "pair", "point", "rating"]
 TOP_LOGPROBS = 20
 """Alternatives asked for where one token answers: the most that servers give by default."""
-STARS = (1, 2, 3, 4, 5)
+STARS = ("1", "2", "3", "4", "5")
 POOL_SIZES: dict[str, int] = {"pick": 4, "top": 100, "list": 20, "pair": 4, "point": 20}
 """Candidates per case where `evaluation.pool.size` is not given."""
 
@@ -226,8 +226,8 @@ def _listed(question: Question, part: int, config: TaskConfig) -> _Inputs:
     }
     titles = {"type": "string", "enum": list(question.candidates)}
     schema = {"type": "array", "items": titles, "minItems": count, "maxItems": count}
-    # A character is at most a token in what models read; most titles need a quarter of that.
-    longest = sorted(map(len, question.candidates), reverse=True)[:count]
+    # Two bytes a token: twice what tokenisers need, in Latin and in other scripts.
+    longest = sorted((len(title.encode()) for title in question.candidates), reverse=True)[:count]
     return inputs, Schema(schema), sum(longest) // 2 + 16 * count + 64
 
 
@@ -248,7 +248,7 @@ def _rating(question: Question, part: int, config: TaskConfig) -> _Inputs:
         "examples": list(question.examples),
         "candidate": question.candidates[0],
     }
-    return inputs, Choice(tuple(map(str, STARS))), _tokens(config, 8, 64)
+    return inputs, Pattern(f"[{''.join(STARS)}]"), _tokens(config, 8, 64)
 
 
 def _tokens(config: TaskConfig, brief: int, free: int) -> int:
@@ -266,8 +266,8 @@ def _read_tokens(
 ) -> None:
     """Score by the first token's alternatives, as shares of the mass on valid answers."""
     constraint = _INPUTS[config.task](question, part, config)[1]
-    assert isinstance(constraint, Choice)
-    mass = pick_scores(answer.top, constraint.options)
+    options = constraint.options if isinstance(constraint, Choice) else STARS
+    mass = pick_scores(answer.top, options)
     total = sum(mass.values())
     if not total > 0:
         return
@@ -282,7 +282,7 @@ def _read_tokens(
     if config.task == "pair":
         places = pair_of(part, len(question.candidates))  # type: ignore[assignment]
     # An option that is not among the alternatives has next to nothing: last, tied with its like.
-    for option, place in zip(constraint.options, places, strict=True):
+    for option, place in zip(options, places, strict=True):
         verdict.scores[place] = share.get(option, 0.0)
     best = max(verdict.scores, key=lambda place: verdict.scores[place])
     verdict.chosen = best
