@@ -27,6 +27,7 @@ from llmrec.chat.requests import Answer, Choice, Constraint, Pattern, Schema
 from llmrec.errors import UsageError
 
 TaskName: TypeAlias = Literal["pick", "top", "list", "pair", "point", "rating"]
+WORD_TOKENS = 4
 TOP_LOGPROBS = 20
 """Alternatives asked for where one token answers: the most that servers give by default."""
 STARS = ("1", "2", "3", "4", "5")
@@ -157,7 +158,8 @@ def ask(question: Question, part: int, config: TaskConfig, render: Render) -> As
     if config.max_tokens != "auto":
         tokens = config.max_tokens
     elif config.reads_tokens:
-        tokens = 1
+        # A few for words: a tokeniser may split them, and then the text is read.
+        tokens = WORD_TOKENS if config.task == "point" else 1
     return Asked(
         render(brief=config.brief, **inputs),
         tokens,

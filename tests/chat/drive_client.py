@@ -23,8 +23,8 @@ def fast(concurrency: int) -> ClientConfig:
     """Bounds under which a test's faults cost little time."""
     return ClientConfig(
         concurrency=concurrency,
-        attempt_seconds=0.5,
-        deadline_seconds=20,
+        attempt_seconds=2,  # a busy machine must not look like a hanging server
+        deadline_seconds=60,
         wait_seconds_cap=0.02,
         input_price=1.0,
         output_price=10.0,

@@ -23,7 +23,6 @@ SMALL = {
     "server.model": "made-up",
     "evaluation.pool.users": 40,
     "client.wait_seconds_cap": 0.05,
-    "client.attempt_seconds": 0.5,
 }
 
 

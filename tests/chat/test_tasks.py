@@ -148,6 +148,13 @@ def test_a_point_is_the_probability_of_yes() -> None:
     assert kinds(config, answer("maybe"), part=3)["unparsable"] == 1
 
 
+def test_a_yes_that_a_tokeniser_splits_is_read_as_text() -> None:
+    prompt = load_prompt("chat/point", "chat.template")
+    config = TaskConfig(task="point")
+    assert ask(QUESTION, 0, config, prompt.render).max_tokens == 4
+    assert scores(config, answer("yes", {"y": 0.9, "n": 0.1}), part=3) == {3: 1.0}
+
+
 def test_a_rating_is_the_expected_number_of_stars() -> None:
     config = TaskConfig(task="rating")
     found = judge(answer("5", {"5": 0.5, "3": 0.5}), RATED, 0, config)

@@ -13,6 +13,7 @@ from pathlib import Path
 import chat_models
 import numpy as np
 import torch
+from served import HISTORY, ITEMS, USERS
 from torch.nn.functional import cross_entropy
 
 from llmrec.chat.plan import Plan
@@ -23,9 +24,6 @@ from llmrec.data.simulated import SimulatedConfig
 from llmrec.data.splits import SplitConfig, split
 from llmrec.evaluation.pools import PoolConfig, draw_pools
 
-USERS, ITEMS = 2000, 300
-DATA = [f"--data.simulated.users={USERS}", f"--data.simulated.items={ITEMS}"]
-HISTORY = 5
 CANDIDATES = 4
 VOCABULARY = 1200
 WIDTH, LAYERS = 64, 4
@@ -45,7 +43,7 @@ class Lessons:
 
 
 def shop() -> tuple[Dataset, Split]:
-    """The data that ``DATA`` names."""
+    """The data that ``served.DATA`` names."""
     dataset = load_dataset(DataConfig(simulated=SimulatedConfig(users=USERS, items=ITEMS)))
     return dataset, split(dataset, SplitConfig())
 

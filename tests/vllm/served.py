@@ -12,6 +12,12 @@ HELD = {
 }
 """What a processor needs: no compilation, and no half precision, which older ones lack."""
 
+USERS, ITEMS = 2000, 300
+DATA = [f"--data.simulated.users={USERS}", f"--data.simulated.items={ITEMS}"]
+"""The shop that the model was trained on."""
+HISTORY = 5
+"""Items of a user's history that it was trained with."""
+
 
 @dataclass(frozen=True)
 class Stage:

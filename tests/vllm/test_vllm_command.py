@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import picking
 import polars as pl
 import pytest
 from scipy import stats
-from served import HELD, Stage
+from served import DATA, HELD, HISTORY, Stage
 
 from llmrec.chat import command
 from llmrec.evaluation.result import read_result
@@ -33,7 +32,7 @@ def words(folder: Path, **changes: Any) -> list[str]:
     options = {"run.folder": str(folder), "evaluation.pool.users": USERS}
     options |= {name.replace("__", "."): value for name, value in changes.items()}
     return [
-        *picking.DATA,
+        *DATA,
         *(
             f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in options.items()
@@ -204,7 +203,7 @@ def test_a_trained_model_picks_better_than_chance_through_the_real_server(
     address: dict[str, str], tmp_path: Path, figure
 ) -> None:
     folder = tmp_path / "run"
-    changes = {"evaluation__pool__users": 600, "chat__history_items": picking.HISTORY}
+    changes = {"evaluation__pool__users": 600, "chat__history_items": HISTORY}
     assert command.main(words(folder, **changes, **address)) == 0
     per_user = read_result(folder).per_user
     # A tie for the first place is no hit here.
