@@ -268,7 +268,7 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
         except BlockingIOError:
             raise UsageError(
-                f"another process is training in {folder}. Wait for it, or name another "
+                f"another process is at work in {folder}. Wait for it, or name another "
                 "--run.folder."
             ) from None
         yield

@@ -204,7 +204,7 @@ def test_a_kill_while_a_new_folder_is_opened_leaves_one_that_can_be_used(tmp_pat
 def test_two_runs_never_train_in_one_folder(tmp_path):
     with alone(tmp_path / "run"):
         words = refusal(tmp_path / "run")
-    assert "another process is training in" in words and "--run.folder" in words
+    assert "another process is at work in" in words and "--run.folder" in words
     assert run(argv(tmp_path / "run"))[0] == [0]
 
 

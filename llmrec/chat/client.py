@@ -19,7 +19,7 @@ import aiohttp
 
 from llmrec.chat.endpoint import ClientConfig, Endpoint
 from llmrec.chat.journal import AnswerJournal
-from llmrec.chat.replies import Reply, read_reply, refusal
+from llmrec.chat.replies import UNREADABLE, Reply, read_reply, refusal
 from llmrec.chat.requests import Answer, Request
 from llmrec.errors import UsageError
 from llmrec.progress import Tell
@@ -219,15 +219,16 @@ class _Asking:
             attempts=len(retried) + 1,
             seconds=round(time.monotonic() - began, 3),
         )
-        return answer, retried, self.took(http)
+        return answer, retried, self.took(http, answer)
 
-    def took(self, http: _Http) -> bool:
+    def took(self, http: _Http, answer: Answer) -> bool:
         """Whether a server that gives answers did with a request what it does with each.
 
-        Before its first answer even a reply of status 200 says little: a web page has it, too.
+        A reply of status 200 that cannot be read says little: a gateway's page has it, too.
         """
         refused = 400 <= http.status < _SERVER_ERRORS and http.status not in (401, 403, _TOO_MANY)
-        return self.welcome and (http.status == _OK or refused)
+        read = http.status == _OK and not http.fault and not answer.problem.startswith(UNREADABLE)
+        return self.welcome and (read or refused)
 
     async def attempt(self, body: bytes, number: int, seconds: float) -> _Http:
         """Send once; never raises for what a network or a server may do."""

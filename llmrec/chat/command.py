@@ -29,7 +29,7 @@ from llmrec.chat.endpoint import ClientConfig, Endpoint
 from llmrec.chat.journal import AnswerJournal
 from llmrec.chat.plan import Plan, check_data, templates_of
 from llmrec.chat.requests import Answer, Request
-from llmrec.chat.scoring import Tally, ranking_of, report, tally
+from llmrec.chat.scoring import Tally, answered_measures, ranking_of, report, tally
 from llmrec.chat.server import ServerConfig, Servers, check_complete
 from llmrec.chat.server import identity as model_identity
 from llmrec.chat.tasks import POOL_SIZES, TaskConfig, check_pool
@@ -47,7 +47,12 @@ from llmrec.progress import Tell, rate_bar
 from llmrec.questions import pool_cases
 from llmrec.runs import CONFIG, alone, check_vacant, open_run, write_atomically, write_json
 
-PROG, DESCRIPTION = "llmrec chat", "Ask a chat model about test cases and score its answers."
+PROG, DESCRIPTION = (
+    "llmrec chat",
+    "Ask a chat model about test cases and score its answers. Short for --server.name, "
+    "--server.model, --server.base_url, --chat.task and --run.resume: --server, --model, "
+    "--base-url, --task, --resume.",
+)
 ANSWERS, REPORT, SECONDS = "answers.jsonl", "chat.json", "seconds.json"
 SHORT = {
     "--server": "--server.name",
@@ -73,9 +78,15 @@ class ChatRun:
     overwrite: bool = False
     """Whether a finished run in that folder may be replaced. Answers to the very same questions are
     kept: they were paid for."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: answers that the folder's journal holds count; never: everything is asked anew.
-    --resume for short."""
+    resume: Literal["auto", "never", "failed"] = "auto"
+    """auto: answers that the folder's journal holds count; failed: the same, but requests that
+    failed are asked again, of a finished run too; never: everything is asked anew. --resume for
+    short."""
+
+    def __post_init__(self) -> None:
+        """Refuse seeds that not every random generator takes."""
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"run.seed={self.seed} must lie in [0, 2**32).")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Session:
         """What decides every prompt and answer; a journal of another one is refused."""
         config = self.config
         chat, server = as_dict(config.chat), as_dict(config.server)
-        for moves_nothing in ("python", "start_seconds", "api_key_variable"):
+        for moves_nothing in ("python", "start_seconds", "api_key_variable", "base_url"):
             server.pop(moves_nothing)
         return {
             **{f"chat.{name}": value for name, value in chat.items()},
@@ -153,6 +164,11 @@ def configure_as(
     config = replace(config, data=effective(config.data, given))
     check_complete(config.server)
     pool = config.evaluation.pool
+    if config.evaluation.filter_seen is not True:
+        raise UsageError(
+            f"evaluation.filter_seen={config.evaluation.filter_seen} means nothing to llmrec chat: "
+            "candidate lists never hold items of the history. Leave it out."
+        )
     if "evaluation.pool.size" not in given and config.chat.task != "rating":
         pool = replace(pool, size=POOL_SIZES[config.chat.task])
     if pool.size == "all" and config.chat.task != "rating":
@@ -197,6 +213,11 @@ def ask(session: Session, journal: AnswerJournal, servers: Servers, console: Con
         return
     requests = plan.requests(lambda number: not journal.is_done(number))
     seed, temperature = config.run.seed, config.chat.temperature
+    if config.chat.decoding == "constrained" and not holds(config):
+        console.print(
+            "  server.dialect=openai has no way to hold an answer to options: these answers are "
+            "free and only judged (vLLM's has: --server.dialect vllm)"
+        )
     with contextlib.ExitStack() as stack:
         if config.server.name == "offline":
             engine = functools.partial(offline.ask_all, requests, config.server, temperature, seed)
@@ -208,6 +229,12 @@ def ask(session: Session, journal: AnswerJournal, servers: Servers, console: Con
             engine = functools.partial(_ask_server, requests, endpoint, config.client)
         stack.callback(_add_seconds, session.folder, time.perf_counter())  # interrupted ones too
         engine(journal, stack.enter_context(rate_bar(console, plan.count, journal.done_count)))
+
+
+def holds(config: ChatConfig) -> bool:
+    """Whether the server is told to hold answers to what is valid."""
+    lists = config.chat.task in ("top", "list")
+    return config.chat.decoding == "constrained" and (lists or config.server.spoken == "vllm")
 
 
 def _ask_server(
@@ -237,7 +264,8 @@ def rated_cases(dataset: Dataset, cut: Split, pool: PoolConfig) -> Split:
     known = ~np.isnan(interactions.ratings[cut.test.target])
     known &= np.array([bool(texts[i - 1]) for i in interactions.items[cut.test.target]])
     kept = sample_cases(dataset, cut.test, np.flatnonzero(known), pool)
-    return replace(cut, test=cut.test.take(kept))
+    counts = cut.counts | {"test_cases_without_rating_or_title": int((~known).sum())}
+    return replace(cut, test=cut.test.take(kept), counts=counts)
 
 
 def run(argv: Sequence[str], servers: Servers | None = None) -> int:
@@ -249,7 +277,7 @@ def run(argv: Sequence[str], servers: Servers | None = None) -> int:
     """
     config = configure(argv)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    check_vacant(Path(config.run.folder), config.run.overwrite)
+    check_vacant(Path(config.run.folder), config.run.overwrite or config.run.resume == "failed")
     session = prepare(config)
     dataset, plan = session.dataset, session.plan
     console.print(
@@ -257,6 +285,10 @@ def run(argv: Sequence[str], servers: Servers | None = None) -> int:
         f"{plan.count} requests to {config.server.model or config.server.base_url}"
     )
     console.print(f"  {summary(dataset, session.split)}")
+    if session.pools is not None and session.pools.counts.get("targets_outside_pool"):
+        outside = session.pools.counts["targets_outside_pool"]
+        console.print(f"  {outside} targets are not among their candidates and count as missed")
+    session.fingerprint()  # refuses a model that is not there, before the folder is made
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(session.folder))
         journal = stack.enter_context(open_or_resume(session, console))
@@ -269,7 +301,9 @@ def open_or_resume(session: Session, console: Console) -> AnswerJournal:
     """The folder's journal where it holds answers to these very questions, else a new one."""
     config, folder, wanted = session.config, session.folder, session.fingerprint()
     path = folder / ANSWERS
-    keeps = config.run.resume == "auto" and path.exists()
+    keeps = config.run.resume != "never" and path.exists()
+    if keeps and config.run.resume == "failed":
+        console.print(f"  {AnswerJournal.without_failed(path)} failed requests are asked again")
     if keeps and config.run.overwrite:
         keeps = AnswerJournal.fingerprint_of(path) == json.loads(json.dumps(wanted))
     if not keeps:
@@ -279,7 +313,7 @@ def open_or_resume(session: Session, console: Console) -> AnswerJournal:
     write_atomically(folder / CONFIG, as_yaml(config).encode())
     console.print(
         f"  resuming: {journal.done_count} of {session.plan.count} requests are answered; "
-        f"{journal.in_flight_count} were under way and are sent again (perhaps paid twice)"
+        f"{journal.in_flight_count} were sent without an answer and are sent again"
     )
     return journal
 
@@ -287,6 +321,13 @@ def open_or_resume(session: Session, console: Console) -> AnswerJournal:
 def finish(session: Session, journal: AnswerJournal, console: Console) -> None:
     """Score the journal's answers and write the run."""
     config, folder, plan = session.config, session.folder, session.plan
+    statuses = journal.spent(config.client).statuses
+    if not statuses.get("answered", 0) + statuses.get("cut", 0):
+        problem = next(answer.problem for answer in journal.answers())
+        raise UsageError(
+            f"none of {plan.count} requests was answered ({problem}): there is nothing to score. "
+            "Mend the server or the options; --resume never asks anew."
+        )
     found = tally(plan, checked(plan, journal))
     told = facts(session, journal)
     if session.pools is None:
@@ -295,14 +336,19 @@ def finish(session: Session, journal: AnswerJournal, console: Console) -> None:
     else:
         ranking = ranking_of(plan, found, config.evaluation.top_k)
         write_pools(folder, session.dataset, session.split.test, session.pools)
+        rankings, measures = {"test": ranking}, answered_measures(plan, found)
         result = build_result(
-            told, session.dataset, session.split, {"test": ranking}, pools=session.pools
+            told, session.dataset, session.split, rankings, measures, pools=session.pools
         )
-        names = ("HR@1",) if config.chat.task == "pick" else ("HR@10", "NDCG@10")
-    write_json(folder / REPORT, report(plan, found))
+        names = ("HR@10", "NDCG@10") if config.chat.task == "top" else ("HR@1",)
+        names = tuple(name for name in names if name in map(str, measures))
+    write_json(folder / REPORT, report(plan, found) | {"constrained": holds(config)})
     test = write_result(folder, result, run_card)["metrics"]["test"]
-    shown = ", ".join(f"{name} {test[name]['mean'] or 0:.4f}" for name in names)
+    means = {name: test[name]["mean"] for name in names}
+    shown = ", ".join(f"{n} {'-' if v is None else f'{v:.4f}'}" for n, v in means.items())
     console.print(f"  {understood(found)}")
+    if statuses.get("failed"):
+        console.print(f"  {statuses['failed']} requests failed; --resume failed asks them again")
     console.print(f"{config.run.label}, seed {config.run.seed}: test {shown} -> {folder}")
 
 

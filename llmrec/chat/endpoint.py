@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from llmrec.chat.requests import Choice, Pattern, Request, Schema
+from llmrec.chat.requests import WRAPPED, Choice, Pattern, Request, Schema
 from llmrec.errors import UsageError
 
 
@@ -109,7 +109,13 @@ class Endpoint:
     def _constraint(self, request: Request) -> dict[str, Any]:
         constraint, vllm = request.constraint, self.dialect == "vllm"
         if isinstance(constraint, Schema) and not vllm:
-            schema = {"name": "answer", "schema": constraint.schema, "strict": True}
+            whole = {
+                "type": "object",
+                "properties": {WRAPPED: constraint.schema},
+                "required": [WRAPPED],
+                "additionalProperties": False,
+            }
+            schema = {"name": "answer", "schema": whole, "strict": True}
             return {"response_format": {"type": "json_schema", "json_schema": schema}}
         if constraint is None or not vllm:
             return {}

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, get_args
 from llmrec.chat.endpoint import ClientConfig
 from llmrec.chat.requests import Answer, Status
 from llmrec.errors import UsageError
-from llmrec.runs import _writing, sync
+from llmrec.runs import _writing, sync, write_atomically
 
 FORMAT = 1
 START_OVER = "Start over with --resume never, or name another --run.folder."
@@ -107,6 +107,36 @@ class AnswerJournal:
         with path.open("rb") as file:
             line = file.readline()
         return _header(path, line) if line.endswith(b"\n") else {}
+
+    @staticmethod
+    def without_failed(path: Path) -> int:
+        """Take failed requests out of the journal at `path`, to be asked again; how many they were.
+
+        Raises:
+            UsageError: The file cannot be written.
+        """
+        kept, failed = [], 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if b'"status": "failed"' in line and json.loads(line).get("status") == "failed":
+                failed += 1
+            else:
+                kept.append(line)
+        if failed:
+            write_atomically(path, b"".join(kept))
+        return failed
+
+    @staticmethod
+    def peek(path: Path, numbers: range) -> dict[int, Answer]:
+        """Some answers, as far as they are written; another process may go on writing."""
+        found = {}
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n") and b'"digest"' in line and _is_json(line):
+                    values = json.loads(line)
+                    if values.get("number") in numbers:
+                        answer, _ = _answer(values)
+                        found[answer.number] = answer
+        return found
 
     def __enter__(self) -> AnswerJournal:
         """The journal itself."""

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from llmrec.chat.matching import Kind, TitleMatcher
-from llmrec.chat.requests import Choice, Constraint, Pattern
+from llmrec.chat.requests import WRAPPED, Choice, Constraint, Pattern
 
 PARTS = 4
 """Quoted parts, and separators after which an explanation may begin, that are tried in a line."""
@@ -79,11 +79,13 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 _JSON = json.JSONDecoder(strict=False)
-_OPENING = re.compile(r"\[(?=\s*[\"{\[])")
+_OPENING = re.compile(r"\[(?=\s*[\"{\[])|\{(?=\s*\"\d)")
 ARRAYS = 20
 """Places where valid JSON is looked for."""
 _TITLE_FIELD = re.compile(r"\"(?:title|name|item)\"\s*:\s*(\"(?:[^\"\\]|\\.)*\")", re.IGNORECASE)
-_NUMBERED = re.compile(r"^\s*(?:#?\d{1,3}\s*[.):]|[-*•–·]+(?=\s))\s*")  # noqa: RUF001
+_NUMBERED = re.compile(
+    r"^\s*(?:\*\*|__)?(?:\(?#?\d{1,3}\s*(?:[.):]|[-–](?=\s))|[-*•–·]+(?=\s))\s*"  # noqa: RUF001
+)
 
 
 def parse_list(text: str, matcher: TitleMatcher, count: int) -> Parsed:
@@ -112,11 +114,16 @@ def parse_list(text: str, matcher: TitleMatcher, count: int) -> Parsed:
 def _lines(text: str, matcher: TitleMatcher) -> list[tuple[int | None, Kind]]:
     lines = [line for line in text.splitlines() if line.strip(" `")]
     marked = [line for line in lines if _NUMBERED.match(line)]
-    understood = [
-        _best((line.strip(), *_guesses(_NUMBERED.sub("", line))), matcher)[:2]
-        for line in marked or lines
-    ]
+    understood = [_line(line.strip(), matcher) for line in marked or lines]
     return [entry for entry in understood if marked or entry[1] != "invented"]
+
+
+def _line(line: str, matcher: TitleMatcher) -> tuple[int | None, Kind]:
+    """A line of a list. Its number belongs to a title only where that is one as it stands."""
+    whole = matcher.match(line)
+    best = _best(_guesses(_NUMBERED.sub("", line)), matcher)[:2]
+    as_it_stands = whole[1] in ("exact", "normalised") and _RANK[whole[1]] <= _RANK[best[1]]
+    return whole if as_it_stands else best
 
 
 def _array(text: str) -> list[str]:
@@ -144,6 +151,9 @@ def _whole_array(text: str, start: int) -> list[str]:
         entries = _JSON.raw_decode(text, start)[0]
     except (ValueError, RecursionError):
         return []
+    if isinstance(entries, dict):  # {"1": "title", ...}
+        entries = [entry for entry in entries.values() if isinstance(entry, str)]
+        return entries if len(entries) > 1 else []
     return [_title_of(entry) for entry in entries]
 
 
@@ -183,7 +193,7 @@ def parse_pick(text: str, matcher: TitleMatcher, letters: Sequence[str]) -> Pars
     that belongs to one of them, are unparsable.
     """
     text = _LOWER.sub(lambda lead: lead[0].upper(), _spoken(text))
-    only = _ONLY_LETTER.match(text)
+    only = _ONLY_LETTER.match(text) or _ONLY_LETTER.match(text.partition("\n")[0])
     if only and only[1].upper() in letters:
         return Parsed((letters.index(only[1].upper()),), {"exact": 1})
     titles, rest = _titles_in(text, matcher)
@@ -264,10 +274,13 @@ def parse_rating(text: str) -> float | None:
     text = _SCALE.sub(" ", _spoken(text))
     if _OTHER_SCALE.search(text):
         return None
-    stars, first = _STARS.search(text), _FIRST.search(text)
-    if first is None:
+    stars, named = _STARS.search(text), _FIRST.findall(text)
+    leads = _FIRST.match(text.lstrip(_WRAP))
+    if not named or (not stars and not leads and len(set(named)) > 1):
         return None
-    said = (stars[1] if stars else first[0]).lower()
+    if leads and re.match(r"\s*(?:or|to|-|–)\s*\d", text.lstrip(_WRAP)[leads.end() :]):  # noqa: RUF001
+        return None
+    said = (stars[1] if stars else named[0]).lower()
     value = _WORDS.get(said) or float(said.replace(",", ".").replace("−", "-"))  # noqa: RUF001
     return value if 1 <= value <= 5 else None
 
@@ -307,6 +320,8 @@ def obeys(text: str, constraint: Constraint) -> bool:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return False
+    if isinstance(value, dict) and value.keys() == {WRAPPED}:
+        value = value[WRAPPED]
     return _fits(value, constraint.schema)
 
 

@@ -36,21 +36,36 @@ def check_data(config: TaskConfig, dataset: Dataset) -> None:
             f"chat.task=rating needs ratings, which data.source={dataset.name} does not have. "
             "Name their column with data.rating_column, or choose another task."
         )
+    if config.task == "rating" and dataset.interactions.ratings is not None:
+        low, high = np.nanmin(dataset.interactions.ratings), np.nanmax(dataset.interactions.ratings)
+        if low < 1 or high > 5:
+            raise UsageError(
+                f"chat.task=rating asks for 1 to 5 stars, but those of data.source={dataset.name} "
+                f"lie in {low:g} to {high:g}. Write them as 1 to 5 first."
+            )
 
 
 def prompts(config: TaskConfig) -> tuple[Prompt, Prompt]:
-    """The templates of the task and of its history."""
-    return (
-        load_prompt(config.template or f"chat/{config.task}", "chat.template"),
-        load_prompt(f"chat/history/{config.history}", "chat.history"),
-    )
+    """The templates of the task and of its history.
+
+    Raises:
+        UsageError: An own template does not show what is asked about.
+    """
+    task = load_prompt(config.template or f"chat/{config.task}", "chat.template")
+    needed = "candidate" if config.task in ("point", "rating") else "candidates"
+    if needed not in task.template.inputs:
+        raise UsageError(
+            f"chat.template={config.template} does not show {needed}, which "
+            f"chat.task={config.task} asks about. Name it in the header and in the text."
+        )
+    return task, load_prompt(f"chat/history/{config.history}", "chat.history")
 
 
 def templates_of(config: TaskConfig) -> dict[str, str]:
-    """sha256 of every template that a task reads, by id."""
+    """sha256 of every template that a task reads."""
     task, history = prompts(config)
-    used = [task] if config.task == "rating" else [task, history]
-    return {prompt.template.id: prompt.template.sha256 for prompt in used}
+    used = {"task": task} if config.task == "rating" else {"task": task, "history": history}
+    return {role: prompt.template.sha256 for role, prompt in used.items()}
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,7 @@ class Plan:
         ends = np.cumsum(self.parts * config.shuffles)
         self.starts: Int64 = np.concatenate([[0], ends]).astype(np.int64)  # (C + 1,)
         self._title = lru_cache(maxsize=1 << 16)(self._displayed)
-        self._examples = self._solved_examples() if config.examples else ()
+        self._examples = self._solved_examples() if config.examples else []
         self.question = lru_cache(maxsize=256)(self._question)
 
     @property
@@ -108,17 +123,19 @@ class Plan:
         return Place(case, shuffle, part)
 
     def order(self, case: int, shuffle: int) -> Int64:
-        """The candidates' places in the order shown: the pool's own, then turned by one place each.
+        """The candidates' places in the order shown: the pool's own, then turned by equal steps.
 
-        After as many askings as candidates each has stood once in every place, so that a model's
-        love of a place cancels out; then a seeded order is turned in the same way.
+        Over the askings a candidate stands in places that lie evenly over the prompt, in each of
+        them once where there are as many askings as candidates, so that a model's love of a place
+        cancels out. Further askings turn a seeded order in the same way.
         """
         size = int((self.items[case] > 0).sum())
-        turn, by = divmod(shuffle, size)
+        steps = min(self.config.shuffles, size)
+        turn, step = divmod(shuffle, steps)
         first = np.arange(size)
         if turn:
             first = np.random.default_rng((self.seed, case, turn, 1)).permutation(size)
-        return np.roll(first, -by)
+        return np.roll(first, -(step * size // steps))
 
     def request(self, number: int) -> Request:
         """One request."""
@@ -165,39 +182,44 @@ class Plan:
     ) -> Question:
         ratings = self.dataset.interactions.ratings
         assert ratings is not None
+        pairs = zip(history, map(float, ratings[start:end]), strict=True)
+        others = [told for drawn, told in self._examples if drawn != case]
         return Question(
             history,
             shown,
             0,
             stars=float(ratings[self.cases.target[case]]),
-            rated=tuple(zip(history, map(float, ratings[start:end]), strict=True)),
-            examples=self._examples,
+            rated=tuple((title, stars) for title, stars in pairs if not np.isnan(stars)),
+            examples=tuple(others[: self.config.examples]),
         )
 
-    def _solved_examples(self) -> tuple[dict[str, Any], ...]:
-        """Ratings of users who are not judged, or of judged ones before what they are judged on.
+    def _solved_examples(self) -> list[tuple[int, dict[str, Any]]]:
+        """Cases and what is shown of them: one more than wanted, for none is shown to itself.
 
-        Only visible histories are shown: the last item of one is the example's question.
+        Only visible histories are shown: the last rated item of one is the example's question.
         """
-        interactions, count = self.dataset.interactions, self.config.examples
+        interactions, wanted = self.dataset.interactions, self.config.examples + 1
         assert interactions.ratings is not None
-        begins = interactions.offsets[self.cases.user]
-        long_enough = np.flatnonzero(self.cases.end - begins >= 2)
-        if len(long_enough) < count:
-            raise UsageError(
-                f"chat.examples={count}, but only {len(long_enough)} users have two rated items to "
-                "show. Use fewer."
-            )
-        drawn = np.random.default_rng((self.seed, 2)).permutation(long_enough)[:count]
-        found = []
-        for case in drawn:
-            end = int(self.cases.end[case])
-            start = max(int(begins[case]), end - 1 - self.config.history_items)
-            titles = [self._title(int(item)) or NO_TITLE for item in interactions.items[start:end]]
-            stars = [float(value) for value in interactions.ratings[start:end]]
-            rated = [list(pair) for pair in zip(titles[:-1], stars[:-1], strict=True)]
-            found.append({"rated": rated, "candidate": titles[-1], "stars": stars[-1]})
-        return tuple(found)
+        found: list[tuple[int, dict[str, Any]]] = []
+        for case in np.random.default_rng((self.seed, 2)).permutation(len(self.cases)):
+            begin, end = int(interactions.offsets[self.cases.user[case]]), int(self.cases.end[case])
+            rows = np.flatnonzero(~np.isnan(interactions.ratings[begin:end])) + begin
+            rows = rows[-self.config.history_items - 1 :]
+            pairs = [
+                [self._title(int(interactions.items[row])), float(interactions.ratings[row])]
+                for row in rows
+            ]
+            pairs = [pair for pair in pairs if pair[0]]
+            if len(pairs) >= 2:
+                title, stars = pairs[-1]
+                told = {"rated": pairs[:-1], "candidate": title, "stars": stars}
+                found.append((int(case), told))
+            if len(found) == wanted:
+                return found
+        raise UsageError(
+            f"chat.examples={self.config.examples} needs {wanted} users with two rated items to "
+            f"show, and there are {len(found)}. Use fewer."
+        )
 
     def _shown(self, case: int, place: int, item: int) -> str:
         told = self.replaced.get((case, place))

@@ -9,6 +9,8 @@ from typing import Any
 
 from llmrec.chat.requests import Status
 
+UNREADABLE = "no answer: "
+"""How the problem of a reply begins that is none of the protocol's."""
 SHOWN = 200
 """Characters of a server's own words that are kept."""
 _REFUSALS = (400, 404, 413, 422)
@@ -40,7 +42,7 @@ def read_reply(body: bytes) -> Reply:
             raise _Unreadable("the reply is not JSON" if body else "the reply is empty") from None
         return _read(_of_type(values, dict, "the reply"))
     except _Unreadable as error:
-        return Reply("invalid", problem=str(error))
+        return Reply("invalid", problem=f"{UNREADABLE}{error}")
 
 
 def refusal(http_status: int, body: bytes, secret: str) -> str:

@@ -30,6 +30,9 @@ class Schema:
     schema: Mapping[str, Any]
 
 
+WRAPPED = "titles"
+"""Where a server takes no schema but an object's, the answer stands under this name."""
+
 Constraint: TypeAlias = Choice | Pattern | Schema
 """What constrained decoding holds an answer to."""
 

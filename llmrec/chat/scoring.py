@@ -13,7 +13,7 @@ from llmrec.chat.plan import Plan, templates_of
 from llmrec.chat.requests import Answer
 from llmrec.chat.tasks import Verdict
 from llmrec.data.interactions import Int64
-from llmrec.evaluation.metrics import Float64, Ranking
+from llmrec.evaluation.metrics import MEASURES, Float64, Measure, Ranking
 
 ONE_REQUEST = ("pick", "top", "list")
 """Tasks that ask about all candidates at once, so that a place in the prompt can be favoured."""
@@ -87,6 +87,21 @@ def _note_pair(found: Tally, verdict: Verdict) -> None:
     first, second = verdict.scores.values()  # in the order named
     found.first[0] += first > second
     found.first[1] += second > first
+
+
+def answered_measures(plan: Plan, found: Tally) -> list[Measure]:
+    """The measures that the answers say something about.
+
+    A pick that names one candidate orders no others, and a list of ten ends there: deeper cut-offs
+    and the AUC would count what was never asked for as wrong.
+    """
+    depth, task = plan.items.shape[1], plan.config.task
+    if task == "pick" and set(found.kinds) - {"token", "invalid", "failed"}:
+        depth = 1
+    elif task == "top":
+        depth = plan.config.list_length
+    ordered = task in ("pair", "point") or (task == "pick" and depth > 1)
+    return [m for m in MEASURES if (ordered if not m.cutoff else ordered or m.cutoff <= depth)]
 
 
 def ranking_of(plan: Plan, found: Tally, top_k: int) -> Ranking:

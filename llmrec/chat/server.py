@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+from urllib.parse import urlsplit
 
 from llmrec.chat.endpoint import Endpoint
 from llmrec.chat.vllm_server import VllmServer
@@ -138,8 +139,8 @@ def check_complete(config: ServerConfig) -> None:
             "server.name=url needs an address. Give --base-url, such as http://127.0.0.1:8000/v1."
         )
     if not config.model:
-        what = "the name under which the server knows it" if config.name == "url" else "a model"
-        raise UsageError(f"server.model is missing: name {what} with --model.")
+        what = "as the server calls it" if config.name == "url" else "a hub id or a local folder"
+        raise UsageError(f"server.model is missing: give --model, {what}.")
 
 
 def identity(config: ServerConfig) -> str:
@@ -150,7 +151,9 @@ def identity(config: ServerConfig) -> str:
     """
     check_complete(config)
     if config.name == "url":
-        return f"{config.model} at {config.base_url.rstrip('/')}"
+        host = urlsplit(config.base_url).hostname or ""
+        local = host == "localhost" or host.startswith("127.")
+        return config.model if local else f"{config.model} at {host}"  # ports here come and go
     folder = Path(config.model)
     if not folder.is_dir():
         told = f"{config.model}@{_on_the_hub(config).identity}"

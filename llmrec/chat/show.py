@@ -41,6 +41,10 @@ def reopen(folder: Path) -> Session:
             f"--run {folder} holds no chat run ({CONFIG} or {ANSWERS} is missing). Name the folder "
             "of one, such as runs/all_systems/chat-0."
         )
+    if (folder / "injection.json").exists():
+        raise UsageError(
+            f"--run {folder} is an injection run, whose cases stand in injection.json."
+        )
     config, _ = parse(ChatConfig, ["--config", str(folder / CONFIG)], PROG, DESCRIPTION)
     return prepare(config)
 
@@ -62,6 +66,8 @@ def told(plan: Plan, case: int, answers: Mapping[int, Answer]) -> Iterator[tuple
         if answer is None:
             yield "answer", "none yet"
             continue
+        if answer.digest != plan.request(number).digest():
+            yield "beware", "another prompt was sent: a template or the data has changed since"
         yield "answer", answer.text or answer.problem or "(empty)"
         yield "as sent", _facts(answer)
         _, verdict = plan.judge(answer)
@@ -79,6 +85,11 @@ def _mark(plan: Plan, case: int, place: int) -> str:
     if plan.config.task == "rating":
         return f"stars predicted; given: {plan.question(case, 0).stars:g}"
     return f"{plan.dataset.catalog.texts[item - 1]}{star}"
+
+
+def _readable(text: str) -> str:
+    """Text as a terminal may show it: what would steer it is written out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _facts(answer: Answer) -> str:
@@ -106,14 +117,11 @@ def _show(argv: Sequence[str]) -> int:
             f"--case {config.case}: {folder} has cases 0 to {len(plan.cases) - 1}. Name one."
         )
     first, last = int(plan.starts[config.case]), int(plan.starts[config.case + 1])
-    path = folder / ANSWERS
-    with AnswerJournal(path, AnswerJournal.fingerprint_of(path)) as journal:
-        found = (journal.answer(number) for number in range(first, last))
-        answers = {answer.number: answer for answer in found if answer is not None}
+    answers = AnswerJournal.peek(folder / ANSWERS, range(first, last))
     out = Console(soft_wrap=True, highlight=False)
     for heading, text in told(plan, config.case, answers):
         out.print(escape(f"--- {heading}"), style="bold")
-        out.print(escape(text))
+        out.print(escape(_readable(text)))
     return 0
 
 

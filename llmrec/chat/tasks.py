@@ -27,7 +27,12 @@ from llmrec.chat.requests import Answer, Choice, Constraint, Pattern, Schema
 from llmrec.errors import UsageError
 
 TaskName: TypeAlias = Literal["pick", "top", "list", "pair", "point", "rating"]
-WORD_TOKENS = 4
+SHORT_TOKENS = 4
+"""Where the first token is read: a few more, for its text is read if it is no option, such as a
+leading blank or the beginning of a split word."""
+LEAST_MASS = 0.5
+"""Probability that the first token must give to options together to be read as the answer: less is
+that of a model which begins with other words."""
 TOP_LOGPROBS = 20
 """Alternatives asked for where one token answers: the most that servers give by default."""
 STARS = ("1", "2", "3", "4", "5")
@@ -51,8 +56,8 @@ class TaskConfig:
     decoding: Literal["constrained", "free"] = "constrained"
     """constrained: the server is told to produce valid answers only. free: it may say anything."""
     logprobs: Literal["auto", "off"] = "auto"
-    """auto: answers of one token (pick, pair, point, rating) are read as probabilities where the
-    server gives them. off: as text."""
+    """auto: constrained answers of pick, pair, point and rating are read as the probabilities of
+    their first token, where the server gives them and it is an answer. off: as text."""
     list_length: int = 10
     """Titles that `top` asks for."""
     shuffles: int = 1
@@ -79,6 +84,16 @@ class TaskConfig:
                 f"chat.shuffles={self.shuffles} means nothing to chat.task={self.task}, which "
                 "shows one item at a time. Leave it out."
             )
+        if self.list_length != 10 and self.task != "top":
+            raise UsageError(
+                f"chat.list_length={self.list_length} means nothing to chat.task={self.task}. "
+                "Leave it out, or use chat.task=top."
+            )
+        if self.history != "plain" and self.task == "rating":
+            raise UsageError(
+                f"chat.history={self.history} means nothing to chat.task=rating, which shows the "
+                "history with its ratings. Leave it out."
+            )
         if self.examples < 0 or (self.examples and self.task != "rating"):
             raise UsageError(
                 f"chat.examples={self.examples}: examples are shown by chat.task=rating, 1 or more "
@@ -91,13 +106,14 @@ class TaskConfig:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether one token with its log-probabilities is the answer."""
-        return self.logprobs == "auto" and self.task not in ("top", "list")
+        """Whether the first token's log-probabilities are the answer, where there are any."""
+        one_token = self.task not in ("top", "list") and self.decoding == "constrained"
+        return self.logprobs == "auto" and one_token
 
     @property
     def brief(self) -> bool:
         """Whether the prompt asks for the bare answer, without words around it."""
-        return self.reads_tokens or self.decoding == "constrained"
+        return self.decoding == "constrained"
 
 
 @dataclass(frozen=True)
@@ -158,8 +174,7 @@ def ask(question: Question, part: int, config: TaskConfig, render: Render) -> As
     if config.max_tokens != "auto":
         tokens = config.max_tokens
     elif config.reads_tokens:
-        # A few for words: a tokeniser may split them, and then the text is read.
-        tokens = WORD_TOKENS if config.task == "point" else 1
+        tokens = SHORT_TOKENS
     return Asked(
         render(brief=config.brief, **inputs),
         tokens,
@@ -186,12 +201,13 @@ def judge(answer: Answer, question: Question, part: int, config: TaskConfig) -> 
         if verdict.scores:
             verdict.kinds["token"] += 1
             return verdict
-    if answer.status == "cut" and not config.reads_tokens:  # else one token is the whole answer
-        verdict.kinds["cut"] += 1
     constraint = _INPUTS[config.task](question, part, config)[1]
     if config.decoding == "constrained" and not obeys(answer.text, constraint):
         verdict.kinds["constraint_ignored"] += 1
     _READ[config.task](verdict, answer.text, question, part, config)
+    # A letter after which the tokens ran out is whole; a list, or nothing understood, is not.
+    if answer.status == "cut" and not (config.reads_tokens and verdict.scores):
+        verdict.kinds["cut"] += 1
     return verdict
 
 
@@ -203,10 +219,10 @@ def letters(count: int) -> tuple[str, ...]:
 def pair_of(part: int, candidates: int) -> tuple[int, int]:
     """Which two candidates the part compares, as A and B.
 
-    Half of the pairs are turned round, so that the place says nothing over all of them.
+    Every other pair is turned round, so that the place says nothing over all of them.
     """
     first, second = next(itertools.islice(itertools.combinations(range(candidates), 2), part, None))
-    return (first, second) if (first + second) % 2 else (second, first)
+    return (second, first) if part % 2 else (first, second)
 
 
 _Inputs: TypeAlias = tuple[dict[str, Any], Constraint, int]
@@ -271,7 +287,7 @@ def _read_tokens(
     options = constraint.options if isinstance(constraint, Choice) else STARS
     mass = pick_scores(answer.top, options)
     total = sum(mass.values())
-    if not total > 0:
+    if total < LEAST_MASS:
         return
     share = {option: weight / total for option, weight in mass.items()}
     if config.task == "rating":

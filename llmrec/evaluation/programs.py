@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,15 @@ def check_program(name: str) -> None:
     """Refuse a program that there is not and that is not planned either."""
     if name not in (*PROGRAMS, *PLANNED):
         raise UsageError(f"program: {name} is no command: {nearest(name, [*PROGRAMS, *PLANNED])}")
+
+
+def seeds_matter(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether another run.seed could change a row's numbers.
+
+    A chat model that is asked once, without examples, at temperature 0 answers the same.
+    """
+    drawn = {"chat.temperature": 0, "chat.shuffles": 1, "chat.examples": 0}
+    return name != "chat" or any(options.get(key, off) != off for key, off in drawn.items())
 
 
 def configure(name: str, argv: Sequence[str]) -> Any:

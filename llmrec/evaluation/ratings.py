@@ -45,7 +45,7 @@ def rating_values(truth: Float64, predicted: Float64) -> dict[str, float]:
 
 
 def rating_intervals(
-    truth: Float64, predicted: Float64, resamples: int = 1000, seed: int = 0
+    truth: Float64, predicted: Float64, resamples: int = 2000, seed: int = 0
 ) -> dict[str, RatingInterval]:
     """Every measure with its interval: cases are drawn anew, with replacement."""
     values = rating_values(truth, predicted)

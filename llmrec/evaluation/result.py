@@ -117,7 +117,7 @@ MOVES_NO_NUMBER = frozenset(
         "evaluation.block_megabytes", "loss.chunk_megabytes", "encoder.batch_tokens",
         "encoder.step_tokens", "encoder.checkpointing", "encoder.cache_states",
         "encoder.cache_gigabytes", "encoder.attention", "encoder.placement",
-        "server.python", "server.start_seconds", "server.api_key_variable",
+        "server.python", "server.start_seconds", "server.api_key_variable", "server.base_url",
     }
 )  # fmt: skip
 """Options that change where a run is written or how fast it goes, never what it finds."""

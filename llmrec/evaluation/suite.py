@@ -19,7 +19,13 @@ from llmrec import resources, runs
 from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation import programs
 from llmrec.evaluation.metrics import Measure
-from llmrec.evaluation.programs import PLANNED, Shared, check_program, shared_options
+from llmrec.evaluation.programs import (
+    PLANNED,
+    Shared,
+    check_program,
+    seeds_matter,
+    shared_options,
+)
 from llmrec.evaluation.result import Result, differing, flatten, read_result
 from llmrec.reporting.published import Published, read_published
 from llmrec.reporting.record import DEFAULT_MEASURES, Question, build_table, check_varies
@@ -249,7 +255,7 @@ def cells(suite: Suite) -> list[Cell]:
         if label not in suite.missing
         for name in [suite.program(label)]
         for options in [_options(suite, label, name)]
-        for seed in suite.seeds
+        for seed in (suite.seeds if seeds_matter(name, options) else suite.seeds[:1])
         for folder in [suite.out / f"{re.sub(r'[^A-Za-z0-9.+_-]+', '_', label)}-{seed}"]
     ]
     folders = [cell.folder for cell in found]

@@ -89,8 +89,17 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
         label: np.stack([result.values(question.measures) for result in group])  # (S, U, M)
         for label, group in rows.items()
     }
+    lists = {label: _settings(group[0])["candidates"] for label, group in rows.items()}
     family = [(label, baseline) for label in rows if label != baseline]
+    # A difference between rows on other candidate lists would be one between the lists.
+    family = [(a, b) for a, b in family if lists[a] == lists[b] or not _lists_vary(results)]
     differences = dict(zip(family, _compare_family(values, family, question), strict=True))
+    for a, b in question.contrasts:
+        if lists[a] != lists[b] and _lists_vary(results):
+            raise UsageError(
+                f"{a} and {b} were ranked on other candidate lists ({lists[a]} and {lists[b]}), so "
+                "their difference says nothing. Leave this contrast out."
+            )
     contrasts = _compare_family(values, question.contrasts, question)
     first = results[0].record
     record: dict[str, Any] = {
@@ -131,6 +140,11 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     return record
 
 
+def _lists_vary(results: Sequence[Result]) -> bool:
+    """Whether any of the runs was ranked on candidate lists, rather than on all items."""
+    return any("pool" in result.record["protocol"] for result in results)
+
+
 def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Runs that predict ratings; after those of the same cases the means that they must beat."""
     rows = []
@@ -142,7 +156,7 @@ def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         for result in group:
             record = result.record
             label = f"{result.label}, seed {result.seed}"
-            told = {"cases": cases, "unpredicted": record["unpredicted"]}
+            told = {"cases": cases, "unpredicted": record["unpredicted"], "cost": record["cost"]}
             rows.append({"label": label, "metrics": record["metrics"]["test"], **told})
         for name, metrics in group[0].record["means"].items():
             rows.append({"label": name, "metrics": metrics, "cases": cases, "unpredicted": 0})

@@ -124,7 +124,7 @@ def _ratings(record: Mapping[str, Any]) -> Grid:
 def _rating(value: Mapping[str, float | None]) -> str:
     if value["mean"] is None:
         return "-"
-    return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def _rules(record: Mapping[str, Any]) -> Grid:
@@ -137,9 +137,11 @@ def _significant(difference: Mapping[str, float | None] | None) -> bool:
     return p is not None and p < ALPHA
 
 
-def _difference_cells(difference: Mapping[str, float] | None) -> tuple[str, str]:
+def _difference_cells(
+    difference: Mapping[str, float] | None, without: str = "baseline"
+) -> tuple[str, str]:
     if difference is None:
-        return "baseline", ""
+        return without, ""
     d = difference
     star = " *" if _significant(d) else ""
     return (
@@ -157,7 +159,8 @@ def _quality(record: Mapping[str, Any], measure: str) -> Grid:
         difference = row["difference"] and row["difference"][measure]
         seeds = "one seed" if len(row["seeds"]) == 1 else f"{len(row['seeds'])} seeds"
         mean = f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
-        lines.append([row["label"], seeds, mean, *_difference_cells(difference)])
+        without = "baseline" if row["label"] == record["baseline"] else "other lists"
+        lines.append([row["label"], seeds, mean, *_difference_cells(difference, without)])
         if value["mean"] == best and _significant(difference):
             bold |= {(place, 0), (place, 2)}
     headings = (measure, "seeds", "mean [95 %]", "difference [95 %]", "p (Holm)")
@@ -259,6 +262,7 @@ def _cost(record: Mapping[str, Any]) -> Grid:
         for name, title in COST_COLUMNS.items()
         if name not in FEW_ROWS or any(row["cost"].get(name) for row in rows)
     }
+    rows = [*rows, *(row for row in record.get("ratings", []) if "cost" in row)]
     lines = [[row["label"], *(_amount(n, row["cost"].get(n)) for n in shown)] for row in rows]
     return Grid(("cost", *shown.values()), lines)
 
@@ -304,6 +308,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             f"These rows differ in {' and '.join(varies)} on purpose: the differences are those of "
             "the protocol."
         )
+        if "candidates" in varies and "pool" in record["protocol"]:
+            notes[-1] += " Rows on other candidate lists are not compared."
     if any(len(row["seeds"]) == 1 for row in record["rows"]):
         notes.append("One seed: the interval covers users only, not training the row anew.")
     if any(len(row["seeds"]) > 1 for row in record["rows"]):

@@ -66,7 +66,11 @@ def test_vllm_is_told_every_constraint_at_the_top_of_the_body(
 
 
 def test_openai_is_told_schemas_alone() -> None:
-    told = {"name": "answer", "schema": SCHEMA, "strict": True}
+    whole = {
+        "type": "object", "properties": {"titles": SCHEMA}, "required": ["titles"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    told = {"name": "answer", "schema": whole, "strict": True}
     wanted = {"response_format": {"type": "json_schema", "json_schema": told}}
     assert body("openai", Schema(SCHEMA)) == PLAIN | wanted
     assert body("openai", Choice(("A",))) == body("openai", Pattern("[1-5]")) == PLAIN
@@ -113,15 +117,18 @@ def test_an_alternative_without_a_finite_probability_is_left_out() -> None:
         (reply({}), Reply("invalid", problem="the content is null")),
         (reply({"content": ["B"]}), Reply("invalid", problem="the content is no text")),
         (reply({"content": ""}), Reply("answered")),
-        (reply("B"), Reply("invalid", problem="the message should be a dict, not str")),
-        (b"", Reply("invalid", problem="the reply is empty")),
-        (b"<html>", Reply("invalid", problem="the reply is not JSON")),
-        (b"\xff\xfe\x00", Reply("invalid", problem="the reply is not JSON")),
-        (b"[" * 100_000, Reply("invalid", problem="the reply is not JSON")),
-        (b"[]", Reply("invalid", problem="the reply should be a dict, not list")),
-        (b"{}", Reply("invalid", problem="choices should be a list, not NoneType")),
-        (b'{"choices": []}', Reply("invalid", problem="the reply has no choices")),
-        (b'{"choices": [[]]}', Reply("invalid", problem="the choice should be a dict, not list")),
+        (reply("B"), Reply("invalid", problem="no answer: the message should be a dict, not str")),
+        (b"", Reply("invalid", problem="no answer: the reply is empty")),
+        (b"<html>", Reply("invalid", problem="no answer: the reply is not JSON")),
+        (b"\xff\xfe\x00", Reply("invalid", problem="no answer: the reply is not JSON")),
+        (b"[" * 100_000, Reply("invalid", problem="no answer: the reply is not JSON")),
+        (b"[]", Reply("invalid", problem="no answer: the reply should be a dict, not list")),
+        (b"{}", Reply("invalid", problem="no answer: choices should be a list, not NoneType")),
+        (b'{"choices": []}', Reply("invalid", problem="no answer: the reply has no choices")),
+        (
+            b'{"choices": [[]]}',
+            Reply("invalid", problem="no answer: the choice should be a dict, not list"),
+        ),
     ],
 )
 def test_whatever_comes_is_read_as_what_it_is(content: bytes, read: Reply) -> None:

@@ -242,7 +242,7 @@ def test_a_web_page_at_the_address_ends_the_run_before_it_is_taken_for_answers(
         with pytest.raises(UsageError, match="20 requests in a row got no answer"):
             ask(tmp_path / "answers.jsonl", server.base_url, 500, 4)
         sent = server.sent.total()
-    assert 20 <= sent <= 24  # those under way
+    assert 20 <= sent <= 30  # with those under way
     with serving() as server:  # the right address: all are asked, none is recorded as invalid
         ask(tmp_path / "answers.jsonl", server.base_url, 500, 4)
         assert server.sent.total() == 500

@@ -269,7 +269,7 @@ def test_probabilities_are_read_where_the_server_gives_them(tmp_path, model) -> 
         top = [{"token": t, "logprob": math.log(p)} for t, p in (("B", 0.7), ("A", 0.2))]
         server.logprobs = {"content": [{"token": "B", "logprob": -0.3, "top_logprobs": top}]}
         assert command.main(words(server.base_url, tmp_path / "run")) == 0
-        assert server.bodies[0]["top_logprobs"] == 20 and server.bodies[0]["max_tokens"] == 1
+        assert server.bodies[0]["top_logprobs"] == 20 and server.bodies[0]["max_tokens"] == 4
     plan = command.prepare(command.configure(words("http://x", tmp_path / "run"))).plan
     per_user = read_result(tmp_path / "run").per_user
     for case, (greater, equal) in enumerate(
@@ -314,6 +314,13 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _shown_to_itself(prompt: str) -> bool:
+    """Whether an example repeats the asked user's own first ratings."""
+    *others, own = prompt.split("ustomer's ratings, oldest first:\n")
+    first = own.split("\n")[:3]
+    return any(other.split("\n")[:3] == first for other in others)
+
+
 @pytest.mark.parametrize("examples", [0, 3])
 def test_ratings_are_predicted_and_held_against_means(tmp_path, model, rated, examples) -> None:
     folder = tmp_path / "run"
@@ -326,6 +333,7 @@ def test_ratings_are_predicted_and_held_against_means(tmp_path, model, rated, ex
         assert server.sent.total() == 30
     prompts = [body["messages"][0]["content"] for body in server.bodies]
     assert all(prompt.count("Another customer's ratings") == examples for prompt in prompts)
+    assert not any(_shown_to_itself(prompt) for prompt in prompts)
     result = read_result(folder)
     assert result.rates
     predicted = result.per_user["predicted"].to_numpy()
@@ -367,6 +375,9 @@ def test_no_example_shows_a_rating_that_is_judged(tmp_path, rated) -> None:
         ({"chat__template": "nowhere.jinja"}, "chat.template=nowhere.jinja: no such file"),
         ({"chat__taks": "pick"}, "did you mean chat.task?"),
         ({"evaluation__pool__source": "runs/none"}, "evaluation.pool.source=runs/none"),
+        ({"evaluation__filter_seen": False}, "evaluation.filter_seen=False means nothing"),
+        ({"run__seed": -1}, "run.seed=-1 must lie in"),
+        ({"server__model": ""}, "server.model is missing"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(
@@ -376,6 +387,134 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     told = capsys.readouterr().err
     assert sentence in told and told.count("llmrec: ") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_few_orders_of_many_candidates_lie_evenly_over_the_prompt(tmp_path) -> None:
+    argv = words(
+        "http://127.0.0.1:9/v1", tmp_path / "run", chat__task="top", chat__shuffles=5,
+        evaluation__pool__size=100,
+    )  # fmt: skip
+    argv = [w for w in argv if "simulated" not in w] + ["--data.simulated.users=61"]
+    plan = command.prepare(command.configure(argv)).plan
+    places = np.array([np.argsort(plan.order(0, shuffle)) for shuffle in range(5)])  # (5, 100)
+    assert (np.diff(np.sort(places, axis=0), axis=0) == 20).all()  # 100 / 5 apart, each of them
+
+
+def test_a_list_s_measures_end_where_the_list_ends(tmp_path, model) -> None:
+    with fault_server.serving() as server:
+        top = words(server.base_url, tmp_path / "top", chat__task="top")
+        assert command.main([*top, "--evaluation.pool.size=30"]) == 0
+        assert command.main(words(server.base_url, tmp_path / "pick")) == 0
+        assert command.main(words(server.base_url, tmp_path / "pair", chat__task="pair")) == 0
+    found = {
+        name: set(record(tmp_path / name)["metrics"]["test"]) for name in ("top", "pick", "pair")
+    }
+    assert "HR@10" in found["top"] and not found["top"] & {"HR@20", "AUC"}
+    assert found["pick"] == {"HR@1", "NDCG@1", "MRR@1"}  # the text names one and orders no others
+    assert {"AUC", "HR@20"} <= found["pair"]
+
+
+def test_failed_requests_of_a_finished_run_are_asked_again_and_no_others(tmp_path, model) -> None:
+    def faults(prompt: str, attempt: int) -> str:
+        return "500" if answers.dice(prompt).random() < 0.2 else ""
+
+    folder = tmp_path / "run"
+    with fault_server.serving(faults) as server:
+        argv = words(server.base_url, folder, client__max_retries=0)
+        assert command.main(argv) == 0
+    failed = record(folder)["cost"]["statuses"]["failed"]
+    assert 0 < failed < 20
+    with fault_server.serving() as server:
+        argv = words(server.base_url, folder, client__max_retries=0)
+        assert command.main(argv) == 2  # finished
+        assert command.main([*argv, "--resume=failed"]) == 0
+        assert server.sent.total() == failed
+    assert record(folder)["cost"]["statuses"] == {"answered": 40}
+
+
+def test_a_run_without_any_answer_is_not_scored(tmp_path, model, capsys) -> None:
+    with fault_server.serving(lambda prompt, attempt: "400") as server:
+        argv = words(server.base_url, tmp_path / "run", evaluation__pool__users=10)
+        assert command.main(argv) == 2
+    assert "none of 10 requests was answered (status 400" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_gateway_s_page_in_the_middle_of_a_run_ends_it(tmp_path, model, capsys) -> None:
+    with fault_server.serving() as server:
+        server.faults = lambda prompt, attempt: "html" if server.sent.total() > 15 else ""
+        argv = words(server.base_url, tmp_path / "run", client__concurrency=2)
+        assert command.main(argv) == 2
+        assert "20 requests in a row got no answer" in capsys.readouterr().err
+        server.faults = lambda prompt, attempt: ""
+        assert command.main(argv) == 0
+    assert record(tmp_path / "run")["cost"]["statuses"] == {"answered": 40}
+
+
+def test_free_decoding_leaves_room_for_words(tmp_path, model) -> None:
+    with fault_server.serving() as server:
+        argv = words(server.base_url, tmp_path / "run", chat__decoding="free")
+        assert command.main(argv) == 0
+        body = server.bodies[0]
+    assert body["max_tokens"] > 50 and "logprobs" not in body
+    assert record(tmp_path / "run", "chat.json")["constrained"] is False
+
+
+def test_the_same_server_on_another_port_goes_on_with_the_answers(tmp_path, model) -> None:
+    with fault_server.serving() as server:
+        assert command.main(words(server.base_url, tmp_path / "run")) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    with fault_server.serving() as server:
+        assert command.main(words(server.base_url, tmp_path / "run")) == 0
+        assert server.sent.total() == 0
+
+
+def test_a_template_changed_since_is_told_by_show(tmp_path, model, capsys) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{# id: plain | version: 1 | inputs: history, candidates #}\n{{ history }}\n"
+        '{% for t in candidates %}\n{{ "ABCD"[loop.index0] }}) "{{ t }}"\n{% endfor %}\nPick!\n'
+    )
+    with fault_server.serving() as server:
+        argv = words(server.base_url, tmp_path / "run", chat__template=str(own))
+        assert command.main(argv) == 0
+    assert set(record(tmp_path / "run", "chat.json")["templates"]) == {"task", "history"}
+    own.write_text(own.read_text().replace("Pick!", "Choose!"))
+    from llmrec.prompting.templates import load_prompt
+
+    load_prompt.cache_clear()
+    capsys.readouterr()
+    assert show.main([f"--run={tmp_path / 'run'}"]) == 0
+    assert "another prompt was sent" in capsys.readouterr().out
+    own.write_text("{# id: own | version: 1 | inputs: history #}\n{{ history }}\n")
+    load_prompt.cache_clear()
+    assert (
+        command.main(words("http://127.0.0.1:9/v1", tmp_path / "x", chat__template=str(own))) == 2
+    )
+    assert "does not show candidates" in capsys.readouterr().err
+
+
+def test_items_without_a_rating_are_shown_in_no_rating_prompt(tmp_path, model, capsys) -> None:
+    rows = [(u, i, f"Title {i}", None if (u + i) % 3 == 0 else (u + i) % 5 + 1)
+            for u in range(12) for i in range(8)]  # fmt: skip
+    path = tmp_path / "some.csv"
+    names = ["user_id", "item_id", "title", "rating"]
+    pl.DataFrame(rows, schema=names, orient="row").write_csv(path)
+    with fault_server.serving() as server:
+        argv = words(
+            server.base_url, tmp_path / "run", data__source=str(path), chat__task="rating",
+            chat__examples=2,
+        )  # fmt: skip
+        assert command.main(argv) == 0
+        prompts = "".join(body["messages"][0]["content"] for body in server.bodies)
+    assert "nan" not in prompts
+    counts = record(tmp_path / "run")["data"]["counts"]
+    assert counts["test_cases_without_rating_or_title"] == 4
+    path.write_text(path.read_text().replace(",5\n", ",9\n"))
+    argv = words(
+        "http://127.0.0.1:9/v1", tmp_path / "y", data__source=str(path), chat__task="rating"
+    )
+    assert command.main(argv) == 2
 
 
 def test_a_server_that_is_not_there_is_told_and_the_same_command_goes_on(

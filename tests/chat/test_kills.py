@@ -78,5 +78,5 @@ def test_ten_kills_change_no_byte_and_send_no_answered_request_again(
             if server.sent[plan.request(answer.number).prompt] != answer.attempts
         ]
     assert len(odd) <= sent_again
-    assert sent_again <= kills * (CONCURRENCY + 19)
+    assert sent_again <= kills * (CONCURRENCY + 4)  # and few that waited for a good answer
     figure("kills, requests in flight at them and sent again", f"{kills}, {sent_again} of 900")

@@ -357,3 +357,49 @@ def test_valid_json_loses_no_entry(text, places, kinds) -> None:
 def test_a_letter_in_passing_is_no_answer(text) -> None:
     matcher = TitleMatcher(("Fly Rod", "Blue Tent", "Red Kettle"), ())
     assert parse_pick(text, matcher, "ABC").problem == "unparsable"
+
+
+def test_a_line_s_number_is_no_part_of_its_title() -> None:
+    matcher = TitleMatcher(("Jaws 2", "Heat", "Halo 3 - Xbox 360"), ("Halo - Xbox 360",))
+    parsed = parse_list("1. Heat\n2. Jaws\n3. Halo - Xbox 360", matcher, 3)
+    assert parsed.places == (1,)
+    assert dict(parsed.kinds) == {"exact": 1, "invented": 1, "seen": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**1. Fly Rod**\n**2. Blue Tent**",
+        "(1) Fly Rod\n(2) Blue Tent",
+        "1 - Fly Rod\n2 - Blue Tent",
+        '{"1": "Fly Rod", "2": "Blue Tent"}',
+        '{"titles": ["Fly Rod", "Blue Tent"]}',
+    ],
+)
+def test_other_ways_to_write_a_list(text) -> None:
+    assert parse_list(text, TitleMatcher(("Fly Rod", "Blue Tent"), ()), 2).places == (0, 1)
+
+
+def test_a_letter_on_a_line_of_its_own_is_the_answer_whatever_follows() -> None:
+    matcher = TitleMatcher(("Fly Rod", "Blue Tent", "Red Kettle"), ())
+    assert parse_pick("C\n\nExplanation: A is older, B is red.", matcher, "ABC").places == (2,)
+
+
+@pytest.mark.parametrize(
+    ("text", "stars"),
+    [
+        ("I'd say 3 or 4", None),
+        ("3 or 4", None),
+        ("gave 5 to it, so I say 4", None),
+        ("4. They liked 3 before.", 4.0),
+        ("They gave 5 before, so 4 stars", 4.0),
+    ],
+)
+def test_a_rating_among_several_numbers_must_be_told_apart(text, stars) -> None:
+    assert parse_rating(text) == stars
+
+
+def test_a_wrapped_array_obeys_the_schema_of_the_array() -> None:
+    schema = {"type": "array", "items": {"type": "string", "enum": ["a"]}, "maxItems": 1}
+    assert obeys('{"titles": ["a"]}', Schema(schema))
+    assert not obeys('{"titles": ["b"]}', Schema(schema))

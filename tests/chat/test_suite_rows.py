@@ -140,3 +140,37 @@ def test_a_mistake_is_told_before_anything_runs(tmp_path, suite, capsys, changes
     assert main([path]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_that_no_seed_can_change_is_asked_once(tmp_path, suite) -> None:
+    with fault_server.serving() as server:
+        assert main([suite(server.base_url, seeds=[0, 1, 2])]) == 0
+        assert server.sent.total() == 40
+        rows = {row["label"]: row["seeds"] for row in table(tmp_path)["rows"]}
+        assert rows["chat"] == [0] and rows["random"] == [0, 1, 2]
+    with fault_server.serving() as server:
+        changes = {"rows": {"popularity": {"model.name": "popularity"},
+                            "chat": {"program": "chat", "chat.shuffles": 2}},
+                   "seeds": [0, 1], "contrasts": [], "out": str(tmp_path / "again")}  # fmt: skip
+        assert main([suite(server.base_url, **changes)]) == 0
+        assert server.sent.total() <= 2 * 2 * 40
+
+
+def test_rows_on_other_lists_are_not_tested_against_each_other(tmp_path, suite, capsys) -> None:
+    rows = {
+        "popularity": {"model.name": "popularity"},
+        "chat": {"program": "chat"},
+        "chat-6": {"program": "chat", "evaluation.pool.size": 6},
+    }
+    with fault_server.serving() as server:
+        path = suite(server.base_url, rows=rows, varies=["candidates"], contrasts=[])
+        assert main([path]) == 0
+        found = {row["label"]: row["difference"] for row in table(tmp_path)["rows"]}
+        assert found["chat"] and found["chat-6"] is None
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Rows on other candidate lists are not compared." in shown
+        assert "other lists" in shown
+        path = suite(
+            server.base_url, rows=rows, varies=["candidates"], contrasts=[["chat-6", "chat"]]
+        )
+        assert main([path]) == 2
