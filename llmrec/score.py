@@ -69,6 +69,11 @@ def configure(argv: Sequence[str]) -> tuple[ScoreConfig, TrainConfig]:
     trained = Path(config.trained)
     if not (trained / CONFIG).is_file():
         raise UsageError(f"--run {trained} is no run folder: it has no {CONFIG}. Name another.")
+    if (trained / "chat.json").is_file():
+        raise UsageError(
+            f"--run {trained} is a chat run, which has candidate lists of its own. Name the folder "
+            "of a trained run."
+        )
     found, _ = parse(TrainConfig, ["--config", str(trained / CONFIG)], PROG, DESCRIPTION)
     pool = config.pool
     folder = config.run.folder or f"runs/{trained.name}-{pool.size}-{Path(pool.source).name}"

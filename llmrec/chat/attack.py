@@ -34,6 +34,7 @@ from llmrec.data.interactions import Cases, Int64
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.metrics import Float64
 from llmrec.evaluation.significance import bootstrap
+from llmrec.options import as_dict
 from llmrec.runs import alone, check_vacant, write_json
 
 PROG = "llmrec chat injection"
@@ -190,7 +191,9 @@ def run(argv: Sequence[str]) -> int:
             place, verdict = session.plan.judge(answer)
             understood[place.case >= half].update(verdict.kinds)
         found = tally(session.plan, journal.answers())
-        record = measure(attack, found, understood)
+        spent = as_dict(journal.spent(config.client))
+        asked = {"fingerprint": session.fingerprint(), "cost": spent}
+        record = measure(attack, found, understood) | asked
         write_json(folder / REPORT, record)
     print_report(record, Console(highlight=False, markup=False))
     return 0

@@ -43,11 +43,17 @@ def run_card(record: Mapping[str, Any]) -> str:
                 "data": data["fingerprint"],
                 "test users and targets": record["cases"]["fingerprint"],
                 "item-text template": data["template_sha256"] or "no text",
-                "encoder's files": encoder["weights"] if encoder else "no encoder",
+                "model and templates" if verb == "chat" else "encoder's files": (
+                    encoder["weights"] if encoder else "no encoder"
+                ),
                 "per-user values": record["per_user_sha256"],
             },
         ),
-        *(["## Encoder", _table("", encoder)] if encoder else []),
+        *(
+            ["## Chat model" if verb == "chat" else "## Encoder", _table("", encoder)]
+            if encoder
+            else []
+        ),
         "## Options",
         _table("option", flatten(record["config"])),
         "## Cost",

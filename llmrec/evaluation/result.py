@@ -256,7 +256,10 @@ def build_rating_result(
         "means": {name: _rating_metrics(truth, values) for name, values in means.items()},
         "unpredicted": int(np.isnan(predicted).sum()),
     }
-    return _result(facts, dataset, split, numbers, per_user, None)
+    result = _result(facts, dataset, split, numbers, per_user, None)
+    for ranked in ("candidates", "valid_candidates", "filter_seen", "ties", "test"):
+        del result.record["protocol"][ranked]  # rules of rankings
+    return result
 
 
 def _check_cases(split: Split) -> None:
