@@ -148,6 +148,7 @@ def _lists_vary(results: Sequence[Result]) -> bool:
 def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Runs that predict ratings; after those of the same cases the means that they must beat."""
     rows = []
+    several = len({result.label for result in results}) < len(results)
     by_cases: dict[str, list[Result]] = {}
     for result in results:
         by_cases.setdefault(result.record["cases"]["fingerprint"], []).append(result)
@@ -155,7 +156,7 @@ def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         cases = group[0].record["cases"]["count"]
         for result in group:
             record = result.record
-            label = f"{result.label}, seed {result.seed}"
+            label = f"{result.label}, seed {result.seed}" if several else result.label
             told = {"cases": cases, "unpredicted": record["unpredicted"], "cost": record["cost"]}
             rows.append({"label": label, "metrics": record["metrics"]["test"], **told})
         for name, metrics in group[0].record["means"].items():
