@@ -45,7 +45,7 @@ from llmrec.evaluation.result import RunFacts, build_rating_result, build_result
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import Tell, rate_bar
 from llmrec.questions import pool_cases
-from llmrec.runs import CONFIG, alone, check_vacant, open_run, write_atomically, write_json
+from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically, write_json
 
 PROG, DESCRIPTION = (
     "llmrec chat",
@@ -302,14 +302,14 @@ def open_or_resume(session: Session, console: Console) -> AnswerJournal:
     config, folder, wanted = session.config, session.folder, session.fingerprint()
     path = folder / ANSWERS
     keeps = config.run.resume != "never" and path.exists()
-    if keeps and config.run.resume == "failed":
-        console.print(f"  {AnswerJournal.without_failed(path)} failed requests are asked again")
-    if keeps and config.run.overwrite:
-        keeps = AnswerJournal.fingerprint_of(path) == json.loads(json.dumps(wanted))
-    if not keeps:
+    same = keeps and AnswerJournal.fingerprint_of(path) == json.loads(json.dumps(wanted))
+    if not keeps or (config.run.overwrite and not same):
         open_run(folder, as_yaml(config), config.run.overwrite)
         return AnswerJournal(path, wanted)
-    journal = AnswerJournal(path, wanted)
+    if same and config.run.resume == "failed":
+        console.print(f"  {AnswerJournal.without_failed(path)} failed requests are asked again")
+    journal = AnswerJournal(path, wanted)  # refuses another fingerprint by name
+    (folder / RESULT).unlink(missing_ok=True)  # of a finished run that is scored again
     write_atomically(folder / CONFIG, as_yaml(config).encode())
     console.print(
         f"  resuming: {journal.done_count} of {session.plan.count} requests are answered; "
