@@ -12,8 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -374,16 +372,12 @@ def understood(found: Tally) -> str:
 
 
 def facts(session: Session, journal: AnswerJournal) -> RunFacts:
-    """What result.json says of the run itself."""
+    """What result.json says of the run itself; the model's memory is its server's, and not seen."""
     config, spent = session.config, journal.spent(session.config.client)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
     cost: dict[str, Any] = {
         "train_seconds": 0.0,
         "ask_seconds": asked_seconds(session.folder),
         "trainable_parameters": 0,
-        "peak_memory_bytes": peak,
         **as_dict(spent),
         "encoder": {"model": config.server.model, "weights": reader_of(config)},
     }
