@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,51 +33,18 @@ from llmrec.models.optim import OptimConfig
 from llmrec.models.recommender import Recommender
 from llmrec.models.sasrec import USER_MODELS, UserModelConfig
 from llmrec.options import parse
-from llmrec.runs import CONFIG
+from llmrec.runs import CONFIG, RunOptions
 
 HISTORIES = 512
 """Histories encoded at once in an evaluation."""
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """One run: its name, seed and folder."""
+class RunConfig(RunOptions):
+    """A TCF run: as any run, and where it keeps the texts' vectors."""
 
-    label: str = ""
-    """The row's name in tables; runs that differ only in seed share it. Empty: model and tower."""
-    seed: int = 0
-    """Decides initial weights, batches, dropout, negatives and controls."""
-    folder: str = ""
-    """Where the run is written. Empty: runs/<data>-<label>-s<seed>."""
-    overwrite: bool = False
-    """Whether a finished run in that folder may be replaced."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on with the unfinished run in that folder, if there is one; never: start anew.
-    --resume for short."""
-    checkpoint_steps: int | Literal["epoch"] = "epoch"
-    """Optimizer steps between two states that a killed run resumes from, beside those at the end of
-    every epoch."""
-    keep_states: int = 1
-    """States kept at a time, the latest; an older one helps only if the disk damages the newer."""
     store: str = "cache/embeddings"
     """Folder of the embedding store."""
-    fit_on: Literal["train", "train+valid"] = "train"
-    """train+valid trains again on both, for the number of epochs that validation selected."""
-    select: str = "NDCG@10"
-    """Validation measure that picks the epoch."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32."""
-    tensorboard: bool = False
-    """Whether curves are also written for TensorBoard (extra `report`)."""
-
-    def __post_init__(self) -> None:
-        """Refuse seeds that not every random generator takes."""
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"run.seed={self.seed} must lie in [0, 2**32).")
-        if self.checkpoint_steps != "epoch" and self.checkpoint_steps < 1:
-            raise UsageError(f"run.checkpoint_steps={self.checkpoint_steps} must be at least 1.")
-        if self.keep_states < 1:
-            raise UsageError(f"run.keep_states={self.keep_states} must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ def finish_checkpoints(run: Path) -> None:
 def _saved_names(model: nn.Module) -> set[str]:
     """What training changes, and buffers; a language model's frozen weights stay where they are."""
     state = model.state_dict().keys()
-    learned = {n for n, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
+    # A weight under two names (an output layer that shares the input's table) counts once.
+    learned = {name for name, weight in model.named_parameters() if weight.requires_grad}
     return {*learned, *(name for name, _ in model.named_buffers())} & state
 
 

@@ -27,6 +27,14 @@ VERBS = {
         "llmrec.chat.attack",
         "measure how far payloads inside titles lift their items",
     ),
+    "prompts": ("llmrec.prompting.generate", "write a data set as P5-style prompts with answers"),
+    "prompts render": ("llmrec.prompting.show", "show one prompt about one user"),
+    "prompts audit": (
+        "llmrec.prompting.audit",
+        "look for test items in training prompts and for numbers that tell the answer",
+    ),
+    "p5 train": ("llmrec.prompting.train_p5", "train a language model on recommendation prompts"),
+    "rating": ("llmrec.prompting.rating", "train one predictor of ratings"),
     "data prepare": ("llmrec.data.prepared", "read a data set once, for any number of runs"),
     "data audit": (
         "llmrec.data.audit.command",

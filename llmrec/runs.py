@@ -18,8 +18,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmrec.errors import UsageError
 
@@ -47,6 +48,45 @@ LEFTOVERS = (
     "..config.new.*",
 )
 """What a run writes beside its config; the result comes first, for it vouches for the others."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """One training run: its name, seed and folder, and what a killed one resumes from."""
+
+    label: str = ""
+    """The row's name in tables; runs that differ only in seed share it. Empty: what is trained."""
+    seed: int = 0
+    """Decides initial weights, batches, dropout, and all else that is drawn."""
+    folder: str = ""
+    """Where the run is written. Empty: runs/<data>-<label>-s<seed>."""
+    overwrite: bool = False
+    """Whether a finished run in that folder may be replaced."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the unfinished run in that folder, if there is one; never: start anew.
+    --resume for short."""
+    checkpoint_steps: int | Literal["epoch"] = "epoch"
+    """Optimizer steps between two states that a killed run resumes from, beside those at the end of
+    every epoch."""
+    keep_states: int = 1
+    """States kept at a time, the latest; an older one helps only if the disk damages the newer."""
+    fit_on: Literal["train", "train+valid"] = "train"
+    """train+valid trains again on both, for the number of epochs that validation selected."""
+    select: str = "NDCG@10"
+    """Validation measure that picks the epoch."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32."""
+    tensorboard: bool = False
+    """Whether curves are also written for TensorBoard (extra `report`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse seeds that not every random generator takes."""
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"run.seed={self.seed} must lie in [0, 2**32).")
+        if self.checkpoint_steps != "epoch" and self.checkpoint_steps < 1:
+            raise UsageError(f"run.checkpoint_steps={self.checkpoint_steps} must be at least 1.")
+        if self.keep_states < 1:
+            raise UsageError(f"run.keep_states={self.keep_states} must be at least 1.")
 
 
 def sha256_of(path: Path) -> str:

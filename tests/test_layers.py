@@ -19,16 +19,19 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "evaluation.config evaluation.ranking evaluation.pools evaluation.products "
     "evaluation.metrics evaluation.ratings "
     "evaluation.significance evaluation.slices "
-    "evaluation.beyond encoders.text encoders.loading encoders.blockwise encoders.tuning "
+    "evaluation.beyond evaluation.texts encoders.text encoders.loading encoders.blockwise encoders.tuning "
     "encoders.sharing data",
     "models encoders.tower encoders.tuned encoders.store "
-    "encoders.halves encoders.prefix data.batches prompting.p5 prompting.indexing "
-    "prompting.decoding prompting.parsing prompting.templates",
+    "encoders.halves encoders.prefix data.batches prompting.families prompting.p5 "
+    "prompting.indexing prompting.trie prompting.decoding prompting.templates prompting.tokens "
+    "prompting.language_model prompting.asking prompting.rating_data "
+    "prompting.rating_language prompting.rating_models",
     # models.recommender joins a tower and a user model
     "evaluation.result models.recommender models.sharding evaluation.card",
     "assembly",
     "questions",
-    "train_tcf score prompting.train_p5 prompting.rating chat serving transfer",
+    "train_tcf score prompting.generate prompting.show prompting.audit prompting.train_p5 "
+    "prompting.rating chat serving transfer",
     "reporting",
     "evaluation.suite evaluation.programs studies",  # they print the tables that reporting makes
     "cli",
@@ -38,7 +41,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.spl
 
 NO_TORCH = (
     r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|"
-    r"evaluation\.(config|metrics|significance|pools|ratings)|chat\.(?!offline).*|"
+    r"evaluation\.(config|metrics|significance|pools|ratings|texts)|chat\.(?!offline).*|"
+    r"prompting\.(templates|families|p5|indexing|trie|generate|show|audit)|"
     r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it

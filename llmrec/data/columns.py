@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.interactions import Catalog, Dataset, Float32, Int32, Int64, Interactions
+from llmrec.data.interactions import Catalog, Dataset, Float32, Int32, Int64, Interactions, Strings
 from llmrec.data.item_text import Template, render
 from llmrec.data.splits import filter_users, tied_rows
 
@@ -35,6 +37,8 @@ class Columns:
     """Places in each user's sequence, (T,); used where there are no timestamps."""
     ratings: Float32 | None = None
     """(T,); NaN where a rating is missing."""
+    reviews: Mapping[str, pl.Series] = field(default_factory=dict)
+    """What users wrote, by its name in `REVIEW_TEXTS`: strings, (T,), an absent one empty."""
     counts: dict[str, int] = field(default_factory=dict)
     """What the reader found or repaired."""
 
@@ -57,8 +61,12 @@ def sorted_ids(ids: list[str]) -> tuple[list[str], Int64]:
 
 def _sequences(
     columns: Columns, user_places: Int64, item_places: Int64
-) -> tuple[Interactions, int]:
-    """All interactions as CSR, users by number, each oldest first, items 1..N; and the ties."""
+) -> tuple[Interactions, Int64 | None, int]:
+    """All interactions as CSR, users by number, each oldest first, items 1..N.
+
+    Also the row of ``columns`` that each came from, (T,), where something is yet to be taken from
+    there; and the ties.
+    """
     users = user_places[columns.users]
     key = columns.timestamps if columns.timestamps is not None else columns.positions
     # lexsort is stable, so ties keep the order of the file. ML-100K has 76 % tied rows, and
@@ -73,7 +81,8 @@ def _sequences(
         timestamps=None if times is None else np.floor(times[order]).astype(np.int64),
         ratings=None if columns.ratings is None else columns.ratings[order],
     )
-    return result, 0 if key is None else tied_rows(result, key[order])
+    tied = 0 if key is None else tied_rows(result, key[order])
+    return result, order if columns.reviews else None, tied
 
 
 def _used_items(interactions: Interactions, item_count: int) -> tuple[Interactions, Int64]:
@@ -83,6 +92,23 @@ def _used_items(interactions: Interactions, item_count: int) -> tuple[Interactio
     items: Int32 = numbers[interactions.items]
     kept = Interactions(items, interactions.offsets, interactions.timestamps, interactions.ratings)
     return kept, np.flatnonzero(used) - 1
+
+
+def _reviews(
+    columns: Columns,
+    order: Int64 | None,
+    everything: Interactions,
+    kept: Interactions,
+    users: Int64,
+) -> dict[str, Strings]:
+    """What was written of the interactions that `filter_users` left, beside them."""
+    if order is None:
+        return {}
+    # Of each user left it kept the last interactions: as many as the user has now.
+    gone = everything.offsets[users + 1] - kept.offsets[1:]  # (U,): places before, places now
+    places = np.repeat(gone, kept.lengths) + np.arange(len(kept.items))  # (T,) in `everything`
+    rows = pl.Series(order[places])
+    return {name: texts.gather(rows).to_numpy() for name, texts in columns.reviews.items()}
 
 
 def assemble(
@@ -111,8 +137,9 @@ def assemble(
     """
     user_ids, user_places = sorted_ids(columns.user_ids)
     item_ids, item_places = sorted_ids(columns.item_ids)
-    everything, tied = _sequences(columns, user_places, item_places)
+    everything, order, tied = _sequences(columns, user_places, item_places)
     filtered, users, filter_counts = filter_users(everything, minimum, maximum, sample, sample_seed)
+    reviews = _reviews(columns, order, everything, filtered, users)
     interactions, rows = _used_items(filtered, len(item_ids))
     old_row = np.argsort(item_places)[rows]  # where each kept item stood in `columns`
     fields = {key: [values[row] for row in old_row] for key, values in columns.fields.items()}
@@ -136,7 +163,7 @@ def assemble(
         "repeat_interactions": len(pairs) - len(np.unique(pairs)),
     }
     kept_ids = [user_ids[user] for user in users]
-    return Dataset(name, interactions, catalog, kept_ids, counts, _order(columns))
+    return Dataset(name, interactions, catalog, kept_ids, counts, _order(columns), reviews)
 
 
 def _order(columns: Columns) -> Literal["timestamp", "position", "file"]:

@@ -6,6 +6,7 @@ Frozen dataclasses over numpy arrays; no torch and no DataFrames here.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
+Strings = NDArray[np.object_]
+REVIEW_TEXTS = ("review", "headline", "explanation", "feature")
+"""The texts that a user may have written of an interaction: the keys of `Dataset.reviews`."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,10 @@ class Dataset:
     """What reading and filtering did, for the result: name -> number."""
     order: Literal["timestamp", "position", "file"] = "file"
     """What sorted each user's interactions; ties stand in the order of the file."""
+    reviews: Mapping[str, Strings] = field(default_factory=dict, compare=False)
+    """What users wrote: the name, one of `REVIEW_TEXTS`, -> (T,) strings that stand beside
+    ``interactions.items``; an absent text is the empty string, and a name that the data has no
+    column for is no key."""
     prepared_with: dict[str, Any] | None = field(default=None, compare=False)
     """The options it was once read with, where it comes from a prepared folder."""
     _known_fingerprint: str = field(default="", init=False, repr=False, compare=False)
@@ -147,10 +155,19 @@ class Dataset:
             digest.update(b"none" if array is None else array.tobytes())
             digest.update(b"|")
         for strings in (self.user_ids, self.catalog.ids, self.catalog.texts):
-            for string in strings:
-                encoded = string.encode()
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-            digest.update(b"|")
+            _digest_strings(digest, strings)
+        return digest.hexdigest()
+
+    def told_fingerprint(self) -> str:
+        """sha256 over what users told of what they met: ratings and `reviews`.
+
+        `fingerprint` leaves both out, as most recommenders never see them.
+        """
+        ratings = self.interactions.ratings
+        digest = hashlib.sha256(b"none" if ratings is None else ratings.tobytes())
+        for name in sorted(self.reviews):
+            digest.update(f"|{name}|".encode())
+            _digest_strings(digest, self.reviews[name])
         return digest.hexdigest()
 
     def with_fingerprint(self, fingerprint: str) -> Dataset:
@@ -162,3 +179,10 @@ class Dataset:
         known = replace(self)
         object.__setattr__(known, "_known_fingerprint", fingerprint)
         return known
+
+
+def _digest_strings(digest: hashlib._Hash, strings: Iterable[str]) -> None:
+    for string in strings:
+        encoded = string.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    digest.update(b"|")

@@ -18,9 +18,9 @@ import polars as pl
 from rich.console import Console
 
 import llmrec
-from llmrec.data.interactions import Dataset
+from llmrec.data.interactions import Dataset, Strings
 from llmrec.data.readers import DataConfig, find_source, load_dataset
-from llmrec.data.readers.prepared import ABOUT, ARRAYS, CATALOG, FIELD, FORMAT, USERS
+from llmrec.data.readers.prepared import ABOUT, ARRAYS, CATALOG, FIELD, FORMAT, REVIEWS, USERS
 from llmrec.errors import UsageError, exit_code
 from llmrec.options import parse
 from llmrec.runs import new_folder, sha256_of, write_json
@@ -82,6 +82,7 @@ def write_prepared(out: Path, dataset: Dataset, config: DataConfig) -> None:
         "interactions": len(dataset.interactions.items),
         "counts": dataset.counts,
         "arrays": list(arrays),
+        "reviews": list(dataset.reviews),
         "template_sha256": catalog.template_sha256,
         "fingerprint": fingerprint,
         "fingerprint_with_options": hashlib.sha256(both.encode()).hexdigest(),
@@ -95,6 +96,8 @@ def write_prepared(out: Path, dataset: Dataset, config: DataConfig) -> None:
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
         _write_table(folder / CATALOG, {"id": catalog.ids, "text": catalog.texts, **fields})
         _write_table(folder / USERS, {"id": dataset.user_ids})
+        if dataset.reviews:
+            _write_table(folder / REVIEWS, dataset.reviews)
         write_json(folder / ABOUT, about)
 
 
@@ -113,7 +116,7 @@ def _source_files(config: DataConfig) -> dict[str, str]:
     return {file.name: sha256_of(file) for file in files}
 
 
-def _write_table(file: Path, columns: Mapping[str, list[str]]) -> None:
+def _write_table(file: Path, columns: Mapping[str, list[str] | Strings]) -> None:
     buffer = io.BytesIO()  # a full disk is then the file system's error, not one of polars' own
     pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).write_parquet(buffer)
     file.write_bytes(buffer.getvalue())

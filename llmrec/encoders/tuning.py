@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, cast
 
@@ -37,11 +38,11 @@ class LoraOptions:
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
         if self.rank < 1 or (self.layers != "all" and self.layers < 1):
-            raise UsageError("encoder.lora.rank and encoder.lora.layers must be at least 1.")
+            raise UsageError("lora.rank and lora.layers must be at least 1.")
         if not self.alpha > 0:
-            raise UsageError(f"encoder.lora.alpha={self.alpha} must be above 0.")
+            raise UsageError(f"lora.alpha={self.alpha} must be above 0.")
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"encoder.lora.dropout={self.dropout} must lie in [0, 1).")
+            raise UsageError(f"lora.dropout={self.dropout} must lie in [0, 1).")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def make_trainable(encoder: TextEncoder, config: TunableEncoder) -> None:
         for block in tuned:
             block.requires_grad_(True)
     else:
-        _add_adapters(encoder, tuned, config)
+        add_adapters(encoder.model, tuned, config.lora, config.model)
     if config.checkpointing:
         if not cast(PreTrainedModel, encoder.model).supports_gradient_checkpointing:
             raise UsageError(
@@ -193,14 +194,23 @@ def make_trainable(encoder: TextEncoder, config: TunableEncoder) -> None:
     _freeze_unused(encoder)
 
 
-def _add_adapters(encoder: TextEncoder, tuned: list[nn.Module], config: TunableEncoder) -> None:
+def add_adapters(
+    model: nn.Module, blocks: Sequence[nn.Module], options: LoraOptions, name: str
+) -> None:
+    """Put low-rank adapters beside the linear layers of some blocks; all else is frozen.
+
+    Args:
+        model: changed in place.
+        blocks: parts of it.
+        options: rank, scale and which linear layers.
+        name: what the user calls the model, for error messages.
+    """
     from peft import LoraConfig, LoraModel  # seconds to import, which frozen runs need not wait for
 
-    options = config.lora
-    names = {id(module): name for name, module in encoder.model.named_modules()}
+    names = {id(module): name for name, module in model.named_modules()}
     linear = {
         names[id(module)]: names[id(block)]
-        for block in tuned
+        for block in blocks
         for module in block.modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
@@ -210,7 +220,7 @@ def _add_adapters(encoder: TextEncoder, tuned: list[nn.Module], config: TunableE
     if not targets:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise UsageError(
-            f"encoder.lora.targets={options.targets} names no linear layer of {config.model}. "
+            f"lora.targets={options.targets} names no linear layer of {name}. "
             f"Use linear, attention, or some of {', '.join(kinds)}."
         )
     peft = LoraConfig(
@@ -221,8 +231,8 @@ def _add_adapters(encoder: TextEncoder, tuned: list[nn.Module], config: TunableE
         use_dora=options.dora,
         use_rslora=options.rslora,
     )
-    LoraModel(encoder.model, peft, "default")  # changes the model in place
-    for weight in encoder.model.parameters():
+    LoraModel(model, peft, "default")  # type: ignore[arg-type]  # changes the model in place
+    for weight in model.parameters():
         if weight.requires_grad:  # adapters take their layer's format, too coarse for small steps
             weight.data = weight.data.float()
 

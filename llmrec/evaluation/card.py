@@ -20,17 +20,37 @@ BEYOND = {
 }
 
 
+WEIGHTS = {
+    "chat": "model and templates",
+    "p5 train": "model, templates, ratings and reviews",
+    "rating": "encoder and template",
+}
+"""What the hash of what was read is over, by command."""
+HEADINGS = {"chat": "## Chat model", "p5 train": "## Language model"}
+
+
+def _verb(record: Mapping[str, Any]) -> str:
+    """The command that makes such a run."""
+    config = record["config"]
+    if "chat" in config:
+        return "chat"
+    if "prompts" in config:
+        return "p5 train"
+    return "rating" if record.get("kind") == "rating" else "train"
+
+
 def run_card(record: Mapping[str, Any]) -> str:
     """A finished run's card from what ``result.json`` holds."""
     data, protocol, cost = record["data"], record["protocol"], dict(record["cost"])
     encoder = cost.pop("encoder", None)
     config_file = f"{record['config']['run']['folder']}/{CONFIG}"
-    verb = "chat" if "chat" in record["config"] else "train"
+    verb = _verb(record)
     sections = [
         f"# {record['label']}, seed {record['seed']}",
         f"    llmrec {verb} --config {config_file} --run.folder runs/again",
         "## Result",
         *_result(record),
+        *_prompts(record.get("p5")),
         "## Protocol",
         _table("rule", flatten(protocol) | {"test cases": record["cases"]["count"]}),
         "## Data",
@@ -43,17 +63,13 @@ def run_card(record: Mapping[str, Any]) -> str:
                 "data": data["fingerprint"],
                 "test users and targets": record["cases"]["fingerprint"],
                 "item-text template": data["template_sha256"] or "no text",
-                "model and templates" if verb == "chat" else "encoder's files": (
+                WEIGHTS.get(verb, "encoder's files"): (
                     encoder["weights"] if encoder else "no encoder"
                 ),
                 "per-user values": record["per_user_sha256"],
             },
         ),
-        *(
-            ["## Chat model" if verb == "chat" else "## Encoder", _table("", encoder)]
-            if encoder
-            else []
-        ),
+        *([HEADINGS.get(verb, "## Encoder"), _table("", encoder)] if encoder else []),
         "## Options",
         _table("option", flatten(record["config"])),
         "## Cost",
@@ -69,6 +85,28 @@ def _result(record: Mapping[str, Any]) -> list[str]:
         return [_quality({"prediction": record["metrics"]["test"], **record["means"]})]
     beyond = _table("beyond accuracy", _beyond(record["beyond_accuracy"]))
     return [_quality(record["metrics"]), beyond]
+
+
+def _prompts(asked: Mapping[str, Any] | None) -> list[str]:
+    """What each prompt's answers are worth, of a model that was trained on prompts."""
+    if asked is None:
+        return []
+    lines = ["| prompt | family | | cases | measures |", "| --- | --- | --- | ---: | --- |"]
+    for name, about in asked["prompts"].items():
+        part = "held out" if about["held out"] else "seen in training"
+        values = {
+            measure: value["mean"] if isinstance(value, Mapping) else value
+            for measure, value in about["measures"].items()
+        }
+        shown = ", ".join(
+            f"{measure} {value:.4f}"
+            for measure, value in values.items()
+            if measure in SHOWN or "@" not in measure
+        )
+        cells = (name, about["family"], part, f"{about['cases']:,}", shown)
+        lines.append(f"| {' | '.join(cells)} |")
+    answers = _table("answers to the prompt that is ranked", asked["answers"])
+    return ["## Prompts", "\n".join(lines), answers]
 
 
 def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

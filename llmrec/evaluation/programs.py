@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 PROGRAMS = {
     "train": "llmrec.train_tcf",
     "chat": "llmrec.chat.command",
+    "p5": "llmrec.prompting.train_p5",
+    "rating": "llmrec.prompting.rating",
 }
 """Name in a suite's row (``program: chat``) -> module with its ``configure`` and ``run``."""
 CONFIGS = {
     "train": "llmrec.assembly.TrainConfig",
     "chat": "llmrec.chat.command.ChatConfig",
+    "p5": "llmrec.prompting.train_p5.P5Config",
+    "rating": "llmrec.prompting.rating_config.RatingConfig",
 }
 """The dataclass of each one's options."""
-PLANNED = {"p5": "P5-style models"}
-"""Programs that suites may name already; their rows are shown as missing."""
 
 
 class Shared:
@@ -33,10 +35,16 @@ class Shared:
 
     def __init__(self) -> None:
         """Nothing is held yet."""
-        from llmrec.data.readers import load_dataset
+        from llmrec.data.readers import DataConfig, load_dataset
         from llmrec.encoders.loading import locate
 
-        self.fingerprint = functools.cache(lambda data: load_dataset(data).fingerprint())
+        @functools.cache
+        def prints(data: DataConfig) -> tuple[str, str]:
+            dataset = load_dataset(data)
+            return dataset.fingerprint(), dataset.told_fingerprint()
+
+        self.prints = prints
+        """A data set's fingerprints: of sequences and items, of ratings and reviews."""
         self.located = functools.cache(lambda encoder: str(locate(encoder).identity))
         self.servers: Servers | None = None
 
@@ -51,9 +59,9 @@ class Shared:
 
 
 def check_program(name: str) -> None:
-    """Refuse a program that there is not and that is not planned either."""
-    if name not in (*PROGRAMS, *PLANNED):
-        raise UsageError(f"program: {name} is no command: {nearest(name, [*PROGRAMS, *PLANNED])}")
+    """Refuse a program that there is not."""
+    if name not in PROGRAMS:
+        raise UsageError(f"program: {name} is no command: {nearest(name, PROGRAMS)}")
 
 
 def seeds_matter(name: str, options: Mapping[str, Any]) -> bool:
@@ -73,7 +81,7 @@ def configure(name: str, argv: Sequence[str]) -> Any:
 def row_identity(name: str, argv: Sequence[str], shared: Shared) -> dict[str, Any]:
     """What decides the numbers of a row; see `result.identity`."""
     config = configure(name, argv)
-    options, data = as_dict(config), str(shared.fingerprint(config.data))
+    options, data = as_dict(config), shared.prints(config.data)[0]
     return identity(options, data, _READERS[name](config, shared))
 
 
@@ -133,7 +141,23 @@ def _chat_reader(config: Any, shared: Shared) -> str | None:
     return reader_of(config)
 
 
+def _p5_reader(config: Any, shared: Shared) -> str | None:
+    """What tells a pretrained model's files, the prompts and what they are made of."""
+    from llmrec.prompting.train_p5 import reader_of
+
+    return reader_of(config, shared.prints(config.data)[1])
+
+
+def _rating_reader(config: Any, shared: Shared) -> str | None:
+    """What tells the encoder's files and the prompt's template, where text is read."""
+    from llmrec.prompting.rating import reader_of
+
+    return reader_of(config)
+
+
 _READERS: dict[str, Callable[[Any, Shared], str | None]] = {
     "train": _train_reader,
     "chat": _chat_reader,
+    "p5": _p5_reader,
+    "rating": _rating_reader,
 }

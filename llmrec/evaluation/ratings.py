@@ -40,7 +40,7 @@ def rating_values(truth: Float64, predicted: Float64) -> dict[str, float]:
     return {
         "RMSE": float(np.sqrt(np.mean(errors**2))),
         "MAE": float(np.mean(np.abs(errors))),
-        "AUC": _auc(truth >= LIKED, told),
+        "AUC": area_under_curve(truth >= LIKED, told),
     }
 
 
@@ -99,7 +99,7 @@ def _means(groups: Int32 | Int64, values: Float64, count: int, absent: float) ->
     return np.where(sizes > 0, sums / np.maximum(sizes, 1), absent)
 
 
-def _auc(liked: np.ndarray, predicted: Float64) -> float:
+def area_under_curve(liked: np.ndarray, predicted: Float64) -> float:
     """Mann and Whitney's statistic by mean ranks; NaN without two classes."""
     positives = int(liked.sum())
     negatives = len(liked) - positives

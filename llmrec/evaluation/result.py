@@ -214,7 +214,7 @@ def build_result(
     popularity = training_counts(dataset.interactions, learned, dataset.item_count)
     per_user = _per_user(dataset, split, rankings["test"], popularity, measures)
     numbers = {
-        "metrics": {part: _metrics(r, measures) for part, r in rankings.items() if len(r)},
+        "metrics": {part: metrics_of(r, measures) for part, r in rankings.items() if len(r)},
         "beyond_accuracy": _beyond_accuracy(dataset, split, rankings["test"], popularity),
     }
     return _result(facts, dataset, split, numbers, per_user, pools)
@@ -444,7 +444,9 @@ def _beyond_accuracy(
     )
 
 
-def _metrics(ranking: Ranking, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
+def metrics_of(
+    ranking: Ranking, measures: Sequence[Measure] = MEASURES
+) -> dict[str, dict[str, float]]:
     """Means over users with their intervals, fractions."""
     intervals = bootstrap(measure_matrix(ranking, measures)[None])
     return {

@@ -20,7 +20,6 @@ from llmrec.errors import UsageError, exit_code, nearest
 from llmrec.evaluation import programs
 from llmrec.evaluation.metrics import Measure
 from llmrec.evaluation.programs import (
-    PLANNED,
     Shared,
     check_program,
     seeds_matter,
@@ -95,15 +94,6 @@ class Suite:
         """The command that fills a row: train, unless the row says otherwise."""
         return str(self.rows[label].get("program", "train"))
 
-    @property
-    def missing(self) -> dict[str, str]:
-        """Rows that no command can fill yet, and what they wait for."""
-        return {
-            label: PLANNED[self.program(label)]
-            for label in self.rows
-            if self.program(label) in PLANNED
-        }
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -167,9 +157,7 @@ def read_suite(path: Path) -> Suite:
     check_varies(suite.varies)
     for label in rows:
         check_program(suite.program(label))
-    suite = replace(suite, commands=frozenset(map(suite.program, rows)) - PLANNED.keys())
-    if suite.baseline in suite.missing:
-        raise UsageError(f"{path}: the baseline {suite.baseline!r} is not built yet.")
+    suite = replace(suite, commands=frozenset(map(suite.program, rows)))
     for label in (suite.baseline, *(label for pair in suite.contrasts for label in pair)):
         if label not in rows:
             raise UsageError(f"{path} names {label!r}, which is no row: {nearest(label, rows)}")
@@ -248,11 +236,10 @@ def _refuse_decided(where: str, options: Options) -> None:
 
 
 def cells(suite: Suite) -> list[Cell]:
-    """Every row at every seed, row by row; without those that no command can fill yet."""
+    """Every row at every seed, row by row."""
     found = [
         Cell(label, seed, folder, name, _argv(options, label, seed, folder))
         for label in suite.rows
-        if label not in suite.missing
         for name in [suite.program(label)]
         for options in [_options(suite, label, name)]
         for seed in (suite.seeds if seeds_matter(name, options) else suite.seeds[:1])
@@ -483,15 +470,12 @@ def _report(suite: Suite, results: Sequence[Result], failed: Sequence[str], out:
     )
     record = build_table(results, question)
     record["failed"] = list(failed)
-    record["missing"] = [f"{label} ({what})" for label, what in suite.missing.items()]
     lost = [pair for pair in suite.contrasts if not labels.issuperset(pair)]
     record["contrasts_lost"] = [f"{a} - {b}" for a, b in lost]
     print_table(record, out)
     table = suite.out / f"{suite.table}.md"
     write_files(record, table, table.with_suffix(".json"))
     out.print(escape(f"Written to {table} and {suite.table}.json."), style="dim", highlight=False)
-    for name in record["missing"]:
-        out.print(escape(f"Not built yet and not in the table: {name}"), highlight=False)
     for name in failed:
         out.print(escape(f"Failed and not in the table: {name}"), style="red", highlight=False)
     return 1 if failed else 0

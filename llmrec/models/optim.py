@@ -20,7 +20,8 @@ class OptimConfig:
     epochs: int = 15
     """Most passes over the training rows; also the length of the cosine schedule."""
     batch_size: int = 128
-    """Users per step, over all processes and accumulated pieces together."""
+    """Users (of a P5 model: prompts) per step, over all processes and accumulated pieces
+    together."""
     accumulate: int = 1
     """Pieces a process cuts its share of a step into, one after the other, to save memory. With
     loss.name=in_batch each piece has only its own items as negatives."""
@@ -55,7 +56,10 @@ class OptimConfig:
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, language: nn.Module | None, encoder: TunableEncoder
+    model: nn.Module,
+    optim: OptimConfig,
+    language: nn.Module | None = None,
+    encoder: TunableEncoder | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW over what learns: the recommender, and the language model at a rate of its own.
 
@@ -64,16 +68,16 @@ def build_optimizer(
     Args:
         model: the recommender.
         optim: rates and decay of everything but the language model.
-        language: the part of `model` that is a tuned language model.
-        encoder: its rate and decay.
+        language: the part of `model` that learns at a rate of its own, a tuned language model.
+        encoder: the rate and decay of that part.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     read = set() if language is None else {id(weight) for weight in language.parameters()}
     groups: list[dict[str, Any]] = []
-    for inside, lr, decay in (
-        (False, optim.lr, optim.weight_decay),
-        (True, encoder.lr, encoder.weight_decay),
-    ):
+    parts = [(False, optim.lr, optim.weight_decay)]
+    if encoder is not None:
+        parts.append((True, encoder.lr, encoder.weight_decay))
+    for inside, lr, decay in parts:
         own = [w for w in model.parameters() if w.requires_grad and (id(w) in read) == inside]
         for matrices in (True, False):
             weights = [weight for weight in own if (id(weight) in linear) == matrices]

@@ -297,8 +297,6 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Failed and not in the table: {'; '.join(record['failed'])}. Run the suite again."
         )
-    if record.get("missing"):
-        notes.append(f"Not built yet and not in the table: {'; '.join(record['missing'])}.")
     if record.get("contrasts_lost"):
         notes.append(f"Contrasts lost with them: {'; '.join(record['contrasts_lost'])}.")
     if len(record["versions"]) > 1:

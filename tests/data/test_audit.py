@@ -1,15 +1,17 @@
 """Each check finds its planted fault, and is silent where nothing is wrong."""
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from llmrec.data.audit.command import CHECKS, audit, main
@@ -34,6 +36,8 @@ class Shop:
     times: list[list[int]] | None
     texts: dict[str, str]
     minimum: int = 1
+    ratings: list[float] | None = None
+    reviews: dict[str, list[str]] = field(default_factory=dict)
 
     def rename(self, names: dict[str, str]) -> None:
         self.items = [[names[item] for item in history] for history in self.items]
@@ -47,6 +51,8 @@ class Shop:
         columns = Columns(
             np.array(users), np.array(rows), [f"u{user:04d}" for user in range(len(self.items))],
             ids, {"title": list(self.texts.values())}, times,
+            ratings=None if self.ratings is None else np.float32(self.ratings),
+            reviews={name: pl.Series(texts) for name, texts in self.reviews.items()},
         )  # fmt: skip
         return assemble("tiny", columns, TITLE, self.minimum, None)
 
@@ -205,6 +211,10 @@ def new_last_item(shop: Shop) -> None:
         history[-1] = "k9999"
 
 
+def two_ratings_missing(shop: Shop) -> None:
+    shop.ratings = [math.nan, math.nan] + [4.0] * (sum(map(len, shop.items)) - 2)
+
+
 def users_one_after_another(shop: Shop) -> None:
     for user, times in enumerate(shop.times):
         times[:] = [moment + user * 86_400 for moment in times]
@@ -284,6 +294,7 @@ PLANTED = [  # check, plant, verdict, count
     ("popularity", one_item_everywhere, "warning", None),
     ("target-only items", new_last_item, "note", 1),
     ("cold targets", new_last_item, "warning", 50),
+    ("told", two_ratings_missing, "note", 2),
     ("training after test", users_one_after_another, "warning", 197),
     ("next number", next_is_the_answer, "fault", None),
     ("next number", number_rare_targets_along, "fault", None),
@@ -371,6 +382,16 @@ def test_a_films_year_that_is_an_items_number_is_an_accident(mark: str) -> None:
     found = finding("ids in texts", shop)
     assert found.verdict == "ok" and found.count >= 1
     assert "chance gives 1" in found.found or "chance gives 0.9" in found.found
+
+
+def test_ratings_and_texts_are_counted() -> None:
+    shop = Shop([["a", "b", "a"]], None, {"a": "A", "b": "B"})
+    assert finding("told", shop).found == "no interaction has a rating; there are no texts"
+    shop.ratings = [4.0, math.nan, 1.0]
+    shop.reviews = {"review": ["good", "", "bad"], "feature": ["", "", "fit"]}
+    assert finding("told", shop).found == (
+        "1 of 3 (33.3 %) interactions have no rating; of texts there are 2 review, 1 feature"
+    )
 
 
 def test_targets_left_out_as_cold_are_counted() -> None:

@@ -1,6 +1,7 @@
 """The simulated data is frozen, and carries the signals it says it carries."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from llmrec.data.interactions import Dataset
 from llmrec.data.readers import DataConfig, load_dataset
-from llmrec.data.simulated import _TOPICS, SimulatedConfig
+from llmrec.data.simulated import SimulatedConfig
+from llmrec.data.simulated_reviews import FEATURES
+from llmrec.data.simulated_words import TOPICS
 from llmrec.data.splits import SplitConfig, split, training_counts
 from llmrec.errors import UsageError
 
@@ -94,7 +97,7 @@ def test_links_that_no_title_tells_beat_popularity(data: Dataset) -> None:
 SMALL = SimulatedConfig(users=200, items=600)
 TOPIC_OF = {  # noun, in lower case -> its topic
     noun.lower(): topic
-    for topic, words in _TOPICS.items()
+    for topic, words in TOPICS.items()
     for group in words.split("; ")[1:]
     for noun in group.split(", ")
 }
@@ -142,3 +145,88 @@ def test_as_many_distractors_as_there_are_other_topics_at_most(count: int) -> No
         SimulatedConfig(distractors=count)
     titles = load_dataset(DataConfig(simulated=replace(SMALL, distractors=19))).catalog.texts
     assert {title.count("not ") for title in titles if title} == {19}
+
+
+@pytest.fixture(scope="module")
+def told() -> Dataset:
+    return load_dataset(DataConfig(simulated=SimulatedConfig(reviews=True)))
+
+
+def test_reviews_change_nothing_else(data: Dataset, told: Dataset) -> None:
+    assert told.fingerprint() == data.fingerprint()
+    assert told.catalog == data.catalog
+    assert data.interactions.ratings is None and dict(data.reviews) == {}
+
+
+def test_stars_and_texts_are_frozen_too(told: Dataset) -> None:
+    assert (
+        told.told_fingerprint()
+        == "cfb982c44688db53a1ea68c92228f4f73d5bcefed6b0b4a7f954773bf6d262b1"
+    )
+
+
+def test_item_means_beat_the_mean_and_users_beside_them_beat_both(
+    told: Dataset, figure: Callable[[str, object], None]
+) -> None:
+    x, cut = told.interactions, split(told, SplitConfig())
+    stars, users = x.ratings, x.users()
+    assert stars is not None and set(stars) == {1, 2, 3, 4, 5}
+    trained = np.flatnonzero(np.arange(len(stars)) < np.repeat(cut.train_end, x.lengths))
+
+    def shrunk(groups: np.ndarray, rest: np.ndarray) -> np.ndarray:  # means, drawn to 0
+        sums = np.bincount(groups[trained], rest[trained], groups.max() + 1)
+        return sums / (np.bincount(groups[trained], minlength=groups.max() + 1) + 3)
+
+    mean = stars[trained].mean()
+    of_item = shrunk(x.items, stars - mean)[x.items]
+    of_user = shrunk(users, stars - mean - of_item)[users]
+
+    def error(guess: np.ndarray) -> float:  # RMSE on the targets of the test
+        return float(np.sqrt(((guess - stars)[cut.test.target] ** 2).mean()))
+
+    plain, items = error(np.full(len(stars), mean)), error(mean + of_item)
+    both = error(mean + of_item + of_user)
+    figure("RMSE of mean, item, item and user", f"{plain:.2f}, {items:.2f}, {both:.2f}")
+    assert items < 0.92 * plain  # they remove an eighth, and a tenth again
+    assert both < 0.95 * items
+
+
+def test_texts_name_the_thing_the_feature_and_how_it_pleased(told: Dataset) -> None:
+    x, texts = told.interactions, told.reviews
+    genres = ["", *told.catalog.fields["genres"]]
+    spoken = np.flatnonzero(texts["feature"] != "")
+    assert 0.85 < len(spoken) / len(x.items) < 0.91  # 96 % say something, 92 % of them why
+    for row in spoken[::37]:
+        feature, explanation = texts["feature"][row], texts["explanation"][row]
+        noun = max((noun for noun in TOPIC_OF if noun in explanation.lower()), key=len)
+        if genres[x.items[row]]:
+            topic = genres[x.items[row]].split("|")[1]
+            assert TOPIC_OF[noun] == topic and feature in FEATURES[topic]
+        assert f"the {feature} of the " in explanation
+        assert explanation in texts["review"][row] and texts["headline"][row]
+    silent = texts["review"] == ""
+    assert 0.03 < silent.mean() < 0.05
+    assert set(texts["headline"][silent]) == set(texts["feature"][silent]) == {""}
+    assert len(set(texts["explanation"])) > 10_000
+    bad, good = ({t for t in texts["headline"][x.ratings == stars] if t} for stars in (1, 5))
+    assert len(bad) > 100 and not bad & good
+
+
+def test_what_an_item_is_praised_for_is_mostly_its_own(told: Dataset) -> None:
+    items, features = told.interactions.items, told.reviews["feature"]
+    most = [  # the share of the commonest word among an item's
+        np.unique(words, return_counts=True)[1].max() / len(words)
+        for item in range(1, told.item_count + 1, 10)
+        if len(words := features[(items == item) & (features != "")]) >= 20
+    ]
+    assert len(most) > 20
+    assert 0.55 < np.mean(most) < 0.8  # 60 % its own, and 1 in 6 of the others
+
+
+def test_another_seed_says_other_things(told: Dataset) -> None:
+    config = SimulatedConfig(users=50, items=240, reviews=True)
+    one, other = (
+        load_dataset(DataConfig(simulated=replace(config, seed=seed))).told_fingerprint()
+        for seed in (0, 1)
+    )
+    assert one != other

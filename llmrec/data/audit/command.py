@@ -48,6 +48,7 @@ CHECKS: tuple[Check, ...] = (
     sizes.popularity,
     sizes.target_only_items,
     sizes.cold_targets,
+    sizes.told,
     times.training_after_test,
     ids.next_number,
     ids.numbered_along_users,

@@ -119,3 +119,16 @@ def cold_targets(data: Dataset, cut: Split) -> Finding:
     count, of = len(cold) + dropped, len(items) + dropped
     example = data.catalog.ids[items[cold[0]] - 1] if len(cold) else None
     return counted("cold targets", grade(count, of, 0.1), count, of, what, remedy, example)
+
+
+def told(data: Dataset, cut: Split) -> Finding:
+    """Interactions without a rating where others have one, and how many have which text."""
+    ratings, total = data.interactions.ratings, len(data.interactions.items)
+    texts = [f"{np.count_nonzero(column):,} {name}" for name, column in data.reviews.items()]
+    of_texts = f"; of texts there are {', '.join(texts)}" if texts else "; there are no texts"
+    if ratings is None:
+        return Finding("told", "ok", f"no interaction has a rating{of_texts}")
+    count = int(np.isnan(ratings).sum())
+    what = f"interactions have no rating{of_texts}"
+    remedy = "remember that rating prediction knows nothing of them"
+    return counted("told", "note" if count else "ok", count, total, what, remedy)

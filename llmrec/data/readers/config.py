@@ -33,6 +33,17 @@ class DataConfig:
     """Column of the place in the user's sequence."""
     rating_column: str = "rating"
     """Column of the rating; read where present."""
+    review_column: str = "review"
+    """Column of what the user wrote of the item; read where present, unless it is `none`. This and
+    the next three stand in the interactions; a column that is read so is no field of the item."""
+    headline_column: str = "headline"
+    """Column of the review's headline; read where present, unless it is `none`."""
+    explanation_column: str = "explanation"
+    """Column of a sentence that says why the user rated so; read where present, unless it is
+    `none`."""
+    feature_column: str = "feature"
+    """Column of a word for what that sentence speaks of, such as `battery`; read where present,
+    unless it is `none`."""
     item_text: str = "title"
     """Template that renders an item's text from its fields: a name from prompts/item_text/, or a
     path ending in .jinja; `none` reads no text."""

@@ -11,6 +11,7 @@ from llmrec.data.columns import Columns, Float64
 from llmrec.data.interactions import Float32, Int64
 from llmrec.data.readers.config import DataConfig
 from llmrec.data.readers.files import NUL, SHOWN, Table, clip
+from llmrec.data.readers.numbers import numbers
 from llmrec.errors import UsageError, nearest
 
 _DEFAULTS = DataConfig()
@@ -21,8 +22,6 @@ _EXACT: dict[type[pl.DataType], int] = {pl.Float64: 2**53, pl.Float32: 2**24, pl
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 """From which number on a time counts in nano-, micro- or milliseconds, and how many make a second:
 1e11 seconds after 1970 is the year 5138, 1e11 milliseconds after it 1973."""
-_ISO_DATE = r"^\d{4}-\d{1,2}-\d{1,2}"
-"""What a date in text begins with. Not 01/02/2024: January or February."""
 
 
 def columns_of(interactions: Table, items: Table | None, config: DataConfig) -> Columns:
@@ -85,6 +84,7 @@ def columns_of(interactions: Table, items: Table | None, config: DataConfig) -> 
         timestamps=timestamps,
         positions=positions,
         ratings=ratings,
+        reviews=_reviews(interactions, config, counts),
         counts=counts,
     )
 
@@ -97,7 +97,19 @@ def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
 def _named_columns(config: DataConfig) -> set[str]:
     """Columns that options name; the others may be text."""
     named = {config.user_column, config.item_column, config.timestamp_column}
-    return named | {config.position_column, config.rating_column}
+    named |= {config.position_column, config.rating_column}
+    return named | set(_review_columns(config).values())
+
+
+def _review_columns(config: DataConfig) -> dict[str, str]:
+    """Each of `REVIEW_TEXTS` that is to be read -> its column."""
+    columns = {
+        "review": config.review_column,
+        "headline": config.headline_column,
+        "explanation": config.explanation_column,
+        "feature": config.feature_column,
+    }
+    return {name: column for name, column in columns.items() if column != "none"}
 
 
 def _require(table: Table, option: str, config: DataConfig, name: str) -> None:
@@ -248,14 +260,14 @@ def _order(
     by_position = config.order == "position" or (config.order == "auto" and renamed)
     if by_position or (config.order == "auto" and config.position_column in columns):
         _require(table, "position_column", config, config.position_column)
-        values = _numbers(table, config.position_column, "position_column", missing_allowed=False)
+        values = numbers(table, config.position_column, "position_column", missing_allowed=False)
         return None, values
     return None, None
 
 
 def _times(table: Table, name: str, counts: dict[str, int]) -> Float64:
     """Timestamps as Unix seconds; numbers far too large for seconds are scaled, and counted."""
-    values = _numbers(table, name, "timestamp_column", missing_allowed=False)
+    values = numbers(table, name, "timestamp_column", missing_allowed=False)
     size = np.abs(values)
     for least, per_second in _UNITS:
         if table.frame[name].dtype.is_temporal() or not (size >= least).any():
@@ -281,56 +293,26 @@ def _ratings(table: Table, config: DataConfig, counts: dict[str, int]) -> Float3
         if name != _DEFAULTS.rating_column:
             _require(table, "rating_column", config, name)
         return None
-    values = _numbers(table, name, "rating_column", missing_allowed=True)
+    values = numbers(table, name, "rating_column", missing_allowed=True)
     counts["ratings_missing"] = int(np.isnan(values).sum())
     return values.astype(np.float32)
 
 
-def _numbers(table: Table, name: str, option: str, missing_allowed: bool) -> Float64:
-    """A numeric column as float64; dates become Unix seconds, to the microsecond."""
-    path, column = table.path, table.frame[name]
-    times = option == "timestamp_column"
-    kind = column.dtype
-    date = times and (kind == pl.Date or isinstance(kind, pl.Datetime))
-    if not (date or kind.is_numeric() or kind in (pl.String, pl.Boolean, pl.Null)):
-        wanted = "numbers or dates" if times else "numbers"
-        raise UsageError(
-            f"{path}: {name!r} (data.{option}) has the type {kind}; write it as {wanted}."
-        )
-    absent = column.is_null()
-    parsed = column
-    if kind == pl.String:
-        stripped = column.str.strip_chars()
-        absent |= stripped.fill_null("") == ""
-        parsed = stripped.cast(pl.Float64, strict=False)
-        if times and parsed.null_count() == len(parsed):
-            parsed = _dates(stripped)
-    elif kind.is_float():
-        absent |= column.is_nan().fill_null(True)
-    if parsed.dtype.is_temporal():
-        parsed = parsed.cast(pl.Datetime("us")).dt.epoch("us") / 1e6
-    values = parsed.cast(pl.Float64, strict=False).to_numpy()  # null becomes NaN
-    bad = ~np.isfinite(values)
-    if missing_allowed:
-        bad &= ~absent.to_numpy()
-    if bad.any():
-        row = int(bad.argmax())
-        wanted = "a number or a date such as 2024-05-01 12:30:00" if times else "a number"
-        way_out = "" if missing_allowed else ", or choose another data.order"
-        raise UsageError(
-            f"{path}: {name!r} (data.{option}) is missing or not {wanted} in "
-            f"{bad.sum():,} of {len(bad):,} rows, first in {table.where(row)} "
-            f"({clip(column[row])}); fill or remove them{way_out}."
-        )
-    return np.asarray(values, dtype=np.float64)
-
-
-def _dates(column: pl.Series) -> pl.Series:
-    """ISO dates with or without a time of day; null where they are something else."""
-    column = column.set(~column.str.contains(_ISO_DATE).fill_null(True), None)
-    for to_date in (column.str.to_datetime, column.str.to_date):
-        try:
-            return to_date(strict=False)
-        except pl.exceptions.ComputeError:  # no format could be inferred
+def _reviews(table: Table, config: DataConfig, counts: dict[str, int]) -> dict[str, pl.Series]:
+    """What users wrote, by its name in `REVIEW_TEXTS`; blank texts are empty, and counted."""
+    defaults, texts = _review_columns(_DEFAULTS), {}
+    for name, column in _review_columns(config).items():
+        if column not in table.frame.columns:
+            if column != defaults[name]:
+                _require(table, f"{name}_column", config, column)
             continue
-    return column.cast(pl.Float64, strict=False)
+        text = _text(table.frame[column])
+        if text is None:
+            raise UsageError(
+                f"{table.path}: {column!r} (data.{name}_column) has the type "
+                f"{table.frame[column].dtype}; write it as text, or say none to leave it out."
+            )
+        blank = text.str.strip_chars().fill_null("") == ""
+        counts[f"{name}s_missing"] = int(blank.sum())
+        texts[name] = text.set(blank, "")
+    return texts

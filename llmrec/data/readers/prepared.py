@@ -3,6 +3,8 @@
     items.npy offsets.npy        always; timestamps.npy, ratings.npy where the data has them
     catalog.parquet              a row per item: id, text, and field:NAME for each raw field
     users.parquet                a row per user: id
+    reviews.parquet              where users wrote something: a row per interaction, a column per
+                                 kind of text; read when it is asked for
     dataset.json                 everything else, and the options the data was prepared with
     manifest.json                sha256 of each file, compared on every opening
 
@@ -12,7 +14,7 @@ Arrays are memory-mapped, so processes on one machine share them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.interactions import Catalog, Dataset, Interactions
+from llmrec.data.interactions import Catalog, Dataset, Interactions, Strings
 from llmrec.data.item_text import load_template
 from llmrec.data.readers.config import DataConfig
 from llmrec.data.simulated import SimulatedConfig
@@ -31,6 +33,7 @@ from llmrec.runs import MANIFEST, check_folder
 FORMAT = 1
 """Version of the layout; a folder of another version is refused."""
 ABOUT, CATALOG, USERS = "dataset.json", "catalog.parquet", "users.parquet"
+REVIEWS = "reviews.parquet"
 ARRAYS = {"items": np.int32, "offsets": np.int64, "timestamps": np.int64, "ratings": np.float32}
 """Attribute of `Interactions`, which also names the file -> its number type."""
 FIELD = "field:"
@@ -72,9 +75,32 @@ def open_prepared(path: Path, config: DataConfig) -> Dataset:
         user_ids=_table(path / USERS, about["users"], remedy)["id"],
         counts=about["counts"],
         order=about["order"],
+        reviews=_Reviews(path / REVIEWS, about.get("reviews", []), about["interactions"], remedy),
         prepared_with=about["prepared_with"],
     )
     return dataset.with_fingerprint(about["fingerprint"])  # the manifest vouches for it
+
+
+class _Reviews(Mapping[str, Strings]):
+    """The columns of ``reviews.parquet``, each read at its first use: most runs read none."""
+
+    def __init__(self, file: Path, names: Sequence[str], rows: int, remedy: str) -> None:
+        self._file, self._names, self._rows, self._remedy = file, names, rows, remedy
+        self._read: dict[str, Strings] = {}
+
+    def __getitem__(self, name: str) -> Strings:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._read:
+            column = _frame(self._file, self._rows, self._remedy, [name])[name]
+            self._read[name] = column.to_numpy()
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def prepared_config(path: Path, config: DataConfig, given: Set[str]) -> DataConfig:
@@ -169,10 +195,15 @@ def _array(path: Path, name: str, length: int, remedy: str) -> NDArray[Any]:
 
 def _table(file: Path, rows: int, remedy: str) -> dict[str, list[str]]:
     """The columns of a parquet file of strings, each (rows,)."""
+    return {column.name: column.to_list() for column in _frame(file, rows, remedy)}
+
+
+def _frame(file: Path, rows: int, remedy: str, columns: list[str] | None = None) -> pl.DataFrame:
+    """A parquet file of strings, or some of its columns, (rows, columns)."""
     try:
-        frame = pl.read_parquet(file)
+        frame = pl.read_parquet(file, columns=columns)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"{file} cannot be read as parquet. {remedy}") from error
     if frame.height != rows or set(frame.dtypes) != {pl.String}:
         raise UsageError(f"{file} does not hold {rows} rows of text. {remedy}")
-    return {column.name: column.to_list() for column in frame}
+    return frame
