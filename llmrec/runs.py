@@ -38,6 +38,8 @@ LEFTOVERS = (
     "chat.json",
     "seconds.json",
     "server.log",
+    "indexing.json",
+    "tokenizer.json",
     CHECKPOINTS,
     "events.out.tfevents.*",
     ".*.parquet.*",

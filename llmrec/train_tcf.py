@@ -15,9 +15,7 @@ if __name__ == "__main__":  # by path: the repository's root comes first, not th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
-import importlib.util
 import math
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +36,6 @@ from llmrec.assembly import (
     read_texts,
     recommender_scores,
 )
-from llmrec.checkpoints import Progress
 from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import effective, load_dataset
@@ -51,7 +48,7 @@ from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.pools import Pools, write_pools
 from llmrec.evaluation.products import Scores
 from llmrec.evaluation.ranking import rank_scores
-from llmrec.evaluation.result import RunFacts, build_result, identity, write_result
+from llmrec.evaluation.result import build_result, identity, write_result
 from llmrec.launch import sharded, start
 from llmrec.models.baselines import BASELINES
 from llmrec.models.losses import NEGATIVE_LOSSES
@@ -59,9 +56,19 @@ from llmrec.models.optim import build_optimizer, set_rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sharding import refuse_unshardable, shard
 from llmrec.options import as_dict, as_yaml, parse
-from llmrec.progress import EpochLog, progress_bar
+from llmrec.progress import progress_bar
 from llmrec.questions import pool_cases
-from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
+from llmrec.runs import alone, check_vacant
+from llmrec.training import (
+    Epochs,
+    Stage,
+    check_tensorboard,
+    console_of,
+    number_format,
+    open_or_resume,
+    resume_stage,
+    run_facts,
+)
 
 Part = Literal["valid", "test"]
 PROG, DESCRIPTION = (
@@ -94,14 +101,13 @@ class Task:
 class Learner:
     """One stage of training: what a step moves, what it draws from, and how far it is."""
 
-    stage: Literal["fit", "refit"]
     model: Recommender
     wrapped: nn.Module
     """The model as Accelerate distributes it."""
     optimizer: torch.optim.Optimizer
     rows: TrainingRows
     negatives: NegativeSampler | SharedNegatives | None
-    progress: Progress
+    epochs: Epochs
 
 
 @dataclass(frozen=True)
@@ -144,13 +150,7 @@ def run(argv: Sequence[str]) -> int:
     config = configure(argv)
     joined = torch.distributed.is_initialized()  # by a suite, whose processes stay together
     accelerator = start(config.run.precision)
-    console = Console(
-        stderr=True,
-        quiet=not accelerator.is_main_process,
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    console = console_of(accelerator)
     check_vacant(Path(config.run.folder), config.run.overwrite)
     dataset = load_dataset(config.data)
     who = identity(as_dict(config), dataset.fingerprint())
@@ -162,8 +162,7 @@ def run(argv: Sequence[str]) -> int:
         f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
         f"{dataset.interactions.user_count} users, {dataset.item_count} items, "
         f"{len(dataset.interactions.items)} interactions; "
-        f"{accelerator.num_processes} x {accelerator.device.type}, "
-        f"{'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
+        f"{accelerator.num_processes} x {accelerator.device.type}, {number_format(accelerator)}"
     )
     console.print(f"  {summary(dataset, task.split)}")
     learns = config.model.name not in BASELINES
@@ -171,7 +170,9 @@ def run(argv: Sequence[str]) -> int:
     if encoded is not None:
         who |= {"encoder weights": encoded.encoder["weights"]}
     with alone(task.folder) if accelerator.is_main_process else contextlib.nullcontext():
-        open_or_resume(task)
+        open_or_resume(config.run, as_yaml(config), who, accelerator)
+        if accelerator.is_main_process and task.pools is not None:
+            write_pools(task.folder, dataset, task.split.test, task.pools)
         rankings, cost = (train if learns else score_baseline)(task, encoded)
         if accelerator.is_main_process:
             finish(task, rankings, cost)
@@ -179,25 +180,6 @@ def run(argv: Sequence[str]) -> int:
     if not joined:
         accelerator.end_training()
     return 0
-
-
-def open_or_resume(task: Task) -> None:
-    """Start a run folder, or keep the unfinished run in it if this is the same one."""
-    run, accelerator = task.config.run, task.accelerator
-    states = [checkpoints.newest_state(task.folder, stage) for stage in ("fit", "refit")]
-    unfinished = [state for state in states if state]
-    if run.resume == "auto" and unfinished and not (task.folder / RESULT).exists():
-        for state in unfinished:
-            checkpoints.refuse_another(state, task.identity, accelerator.num_processes)
-        if accelerator.is_main_process:
-            write_atomically(task.folder / CONFIG, as_yaml(task.config).encode())
-    else:
-        accelerator.wait_for_everyone()  # all have looked
-        if accelerator.is_main_process:
-            open_run(task.folder, as_yaml(task.config), run.overwrite)
-    if accelerator.is_main_process and task.pools is not None:
-        write_pools(task.folder, task.dataset, task.split.test, task.pools)
-    accelerator.wait_for_everyone()
 
 
 def score_baseline(
@@ -251,8 +233,7 @@ def refuse_untrainable(task: Task) -> None:
             f"needs {share} users a step; optim.batch_size={config.optim.batch_size} and the data "
             f"has {len(rows)}. Lower optim.accumulate."
         )
-    if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("run.tensorboard needs an extra: pip install 'llmrec[report]'.")
+    check_tensorboard(config.run)
 
 
 def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict[str, Any]]:
@@ -284,40 +265,17 @@ def fit(
         refit_epochs: train so many epochs and keep the last weights; otherwise validate after each,
             stop early and keep the best.
     """
-    config, accelerator, folder = task.config, task.accelerator, task.folder
-    learner = start_stage(task, encoded, train_end, "refit" if refit_epochs else "fit")
-    stage, model, progress = learner.stage, learner.model, learner.progress
-    select, tensorboard = config.run.select, config.run.tensorboard
-    data, kept = task.identity["data fingerprint"], progress.epoch - 1
-    log = EpochLog(folder, stage, select, task.console, tensorboard, data, kept)
+    learner = start_stage(task, encoded, train_end, refit_epochs)
+    epochs, model, progress = learner.epochs, learner.model, learner.epochs.progress
+    log = epochs.open_log(task.console)
     while not progress.finished:
-        loss = train_epoch(task, learner)
-        score = math.nan
+        loss, score = train_epoch(task, learner), math.nan
         if not refit_epochs:
             ranking = evaluate(task, model, "valid")
-            score = float(Measure.parse(select).per_case(ranking).mean())
-        lr = float(learner.optimizer.param_groups[0]["lr"])
-        log.add(progress.epoch, progress.epoch_seconds, loss, lr, score)
-        if refit_epochs or progress.best is None or score > progress.best:
-            progress.best = None if refit_epochs else score
-            progress.best_epoch = progress.epoch
-            checkpoints.save_weights(folder, stage, progress.epoch, model)
-        impatient = progress.epoch - progress.best_epoch >= config.optim.patience
-        last = progress.epoch == (refit_epochs or config.optim.epochs)
-        progress.finished = last or impatient
-        progress.seconds += progress.epoch_seconds
-        progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
-        save_state(task, learner, loss=0.0)
-    log.close()
-    accelerator.wait_for_everyone()
-    checkpoints.load_weights(folder, stage, progress.best_epoch, model)
-    cost = {
-        "train_seconds": progress.seconds,
-        "epochs": progress.epoch - 1,
-        "selected_epoch": progress.best_epoch,
-        "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
-        "flops": sum(progress.flops),
-    }
+            score = float(Measure.parse(task.config.run.select).per_case(ranking).mean())
+        epochs.end(log, loss, score, model.flops)
+    epochs.close(log)
+    cost = epochs.cost()
     if model.tower.language_model is not None:
         costs = gather_object([model.tower.language_model.cost()])
         cost |= max(costs, key=lambda cost: cost["memory_halvings"])
@@ -326,7 +284,7 @@ def fit(
 
 
 def start_stage(
-    task: Task, encoded: Encoded | None, train_end: Int64, stage: Literal["fit", "refit"]
+    task: Task, encoded: Encoded | None, train_end: Int64, refit_epochs: int | None
 ) -> Learner:
     """Fresh weights and optimizer, or those of the latest state that a killed run left."""
     config, accelerator, dataset = task.config, task.accelerator, task.dataset
@@ -346,18 +304,15 @@ def start_stage(
     wrapped: nn.Module = model
     if not sharded():
         wrapped, optimizer = accelerator.prepare(model, optimizer)
-    progress, state = Progress(), checkpoints.newest_state(task.folder, stage)
-    if state is not None:
-        progress = checkpoints.load_state(state, model, optimizer)
+    stage: Stage = "refit" if refit_epochs else "fit"
+    progress = resume_stage(config.run, stage, model, optimizer, accelerator, task.console)
+    if progress.flops:
         model.flops = progress.flops[accelerator.process_index]
-        task.console.print(
-            f"  resuming {stage}: {progress.epoch - 1} epochs and {progress.step} steps are done"
-        )
-    accelerator.wait_for_everyone()  # all have read
-    if accelerator.is_main_process:
-        checkpoints.tidy(task.folder, stage, config.run.keep_states)
-    accelerator.wait_for_everyone()
-    return Learner(stage, model, wrapped, optimizer, rows, negatives, progress)
+    epochs = Epochs(
+        stage, config.run, config.optim, task.identity, model, optimizer, progress, accelerator,
+        refit_epochs,
+    )  # fmt: skip
+    return Learner(model, wrapped, optimizer, rows, negatives, epochs)
 
 
 def train_epoch(task: Task, learner: Learner) -> float:
@@ -367,9 +322,10 @@ def train_epoch(task: Task, learner: Learner) -> float:
     from these and the step, dropout from these and the process. So a resumed run does what an
     undisturbed one does.
     """
-    config, accelerator, progress = task.config, task.accelerator, learner.progress
+    config, accelerator, epochs = task.config, task.accelerator, learner.epochs
+    progress = epochs.progress
     optim, rows, epoch = config.optim, learner.rows, progress.epoch
-    batches = rows.batches(optim.batch_size, np.random.default_rng(_entropy(task, learner)))
+    batches = rows.batches(optim.batch_size, np.random.default_rng(epochs.entropy()))
     steps = optim.epochs * math.ceil(len(rows) / optim.batch_size)
     summed = torch.zeros((), device=accelerator.device)
     if progress.losses:
@@ -387,18 +343,10 @@ def train_epoch(task: Task, learner: Learner) -> float:
             learner.optimizer.zero_grad()
             progress.step = number + 1
             bar.update(shown, completed=progress.step)
-            last = progress.step == len(batches)
-            due = config.run.checkpoint_steps
-            saving = due != "epoch" and progress.step % due == 0 and not last
-            if (saving or last or progress.step % 50 == 0) and not _finite(learner, summed):
-                raise UsageError(
-                    f"the loss is not finite in epoch {epoch}, by step {progress.step}. Lower "
-                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip}, and start over with "
-                    "--run.resume never."
-                )
-            if saving:
+            epochs.check(summed, len(batches))
+            if epochs.due(len(batches)):
                 progress.epoch_seconds = time.perf_counter() - began
-                save_state(task, learner, float(summed))
+                epochs.save_state(float(summed), learner.model.flops)
     progress.epoch_seconds = time.perf_counter() - began
     return float(accelerator.reduce(summed, "sum")) / int(rows.lengths.sum())
 
@@ -410,9 +358,8 @@ def _step_in_memory(task: Task, learner: Learner, batch: Int64, number: int) -> 
     """
     language = learner.model.tower.language_model
     while True:
-        noise = _entropy(task, learner, number, task.accelerator.process_index)
-        torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
-        rng = np.random.default_rng(_entropy(task, learner, number))
+        learner.epochs.reseed(number)
+        rng = np.random.default_rng(learner.epochs.entropy(number))
         try:
             return train_step(task, learner, batch, rng)
         except RuntimeError as error:
@@ -426,19 +373,6 @@ def _step_in_memory(task: Task, learner: Learner, batch: Int64, number: int) -> 
             )
         learner.optimizer.zero_grad()
         language.halve()
-
-
-def _finite(learner: Learner, loss: Tensor) -> bool:
-    """Whether loss and weights are numbers; a loss shows its own step's damage only in the next."""
-    values = (loss, *(w for w in learner.model.parameters() if w.requires_grad))
-    return all(bool(torch.isfinite(value).all()) for value in values)
-
-
-def _entropy(task: Task, learner: Learner, *parts: int) -> np.random.SeedSequence:
-    """Of one purpose in one epoch of one stage, by what else it depends on."""
-    stage = 1 + (learner.stage == "refit")
-    # A sequence ignores zeros at its end, hence the last 1: else step 0 would be no step.
-    return np.random.SeedSequence((task.config.run.seed, stage, learner.progress.epoch, *parts, 1))
 
 
 def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Generator) -> Tensor:
@@ -483,17 +417,6 @@ def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Genera
     return summed
 
 
-def save_state(task: Task, learner: Learner, loss: float) -> None:
-    """Write what a killed run resumes from; `loss` is this process's sum over the epoch so far."""
-    progress = learner.progress
-    progress.losses = gather_object([loss])
-    progress.flops = gather_object([learner.model.flops])
-    checkpoints.save_state(
-        task.folder, learner.stage, learner.model, learner.optimizer, progress, task.identity,
-        task.config.run.keep_states,
-    )  # fmt: skip
-
-
 def evaluate(task: Task, model: Recommender, part: Part) -> Ranking:
     """Rank the validation or test cases, shared by the processes; each of them gets all."""
     cases = task.split.test if part == "test" else task.split.valid
@@ -528,28 +451,8 @@ def rank_cases(task: Task, scores: Scores, part: Part) -> Ranking:
 def finish(task: Task, rankings: dict[str, Ranking], cost: dict[str, Any]) -> None:
     """Write per-user values and the result, and say the main figures."""
     config = task.config
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    if task.accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(task.accelerator.device)
-    facts = RunFacts(
-        name=task.folder.name,
-        label=config.run.label,
-        seed=config.run.seed,
-        config=as_dict(config),
-        data_source=config.data.source,
-        split=config.split.method,
-        filter_seen=str(config.evaluation.filter_seen).lower(),
-        fit_on=config.run.fit_on,
-        selection=config.run.select if "valid" in rankings else "none",
-        processes=task.accelerator.num_processes,
-        device=task.accelerator.device.type,
-        precision={"no": "fp32"}.get(
-            task.accelerator.mixed_precision, task.accelerator.mixed_precision
-        ),
-        cost=cost | {"peak_memory_bytes": peak},
-    )
+    filter_seen = config.evaluation.filter_seen
+    facts = run_facts(config, task.accelerator, cost, filter_seen, selected="valid" in rankings)
     learned = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
     result = build_result(
         facts, task.dataset, task.split, rankings, learned_end=learned, pools=task.pools

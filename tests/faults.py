@@ -6,6 +6,7 @@ fraction of a second.
 
 import contextlib
 import errno
+import importlib
 import io
 import multiprocessing
 import os
@@ -45,9 +46,15 @@ def free_port() -> int:
 
 
 def run(
-    argv: Sequence[str], fault: Fault = NOTHING, processes: int = 1, limit: float = 120
+    argv: Sequence[str],
+    fault: Fault = NOTHING,
+    processes: int = 1,
+    limit: float = 120,
+    program: str = "llmrec.train_tcf",
 ) -> tuple[list[int], str]:
     """Exit codes of all processes of one run, and what the first said; negative: by a signal.
+
+    `program` is the module whose main is called.
 
     Once one has died the others, who wait for it, are killed, as torchrun does.
     """
@@ -60,7 +67,7 @@ def run(
         own = fault if rank == fault.rank else NOTHING
         said = theirs if rank == 0 else None
         process = context.Process(
-            target=_train, args=(list(argv), rank, processes, port, own, said)
+            target=_train, args=(list(argv), rank, processes, port, own, said, program)
         )
         process.start()
         started.append(process)
@@ -81,7 +88,15 @@ def run(
     return [int(process.exitcode or 0) for process in started], words
 
 
-def _train(argv: list[str], rank: int, processes: int, port: int, fault: Fault, said: Any) -> None:
+def _train(
+    argv: list[str],
+    rank: int,
+    processes: int,
+    port: int,
+    fault: Fault,
+    said: Any,
+    program: str,
+) -> None:
     """Body of a process."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
@@ -90,12 +105,11 @@ def _train(argv: list[str], rank: int, processes: int, port: int, fault: Fault, 
     if processes == 1:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-    from llmrec import train_tcf
-
+    main = importlib.import_module(program).main
     _install(fault)
     words = io.StringIO()
     with contextlib.redirect_stderr(words):
-        code = train_tcf.main(argv)
+        code = main(argv)
     if said is not None:
         said.send(words.getvalue())
     os._exit(code)
@@ -105,8 +119,10 @@ def _install(fault: Fault) -> None:
     """Prepare a fault in this process."""
     if fault.kind == "forward":
         from llmrec.models.recommender import Recommender
+        from llmrec.prompting.language_model import LanguageModel
 
-        _before(Recommender, "forward", fault.n, _die)
+        for model in (Recommender, LanguageModel):
+            _before(model, "forward", fault.n, _die)
     elif fault.kind == "small files":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.n, fault.n))

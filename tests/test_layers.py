@@ -19,16 +19,18 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "evaluation.config evaluation.ranking evaluation.pools evaluation.products "
     "evaluation.metrics evaluation.ratings "
     "evaluation.significance evaluation.slices "
-    "evaluation.beyond evaluation.texts encoders.text encoders.loading encoders.blockwise encoders.tuning "
+    "evaluation.beyond evaluation.texts encoders.text encoders.loading encoders.blockwise "
+    "encoders.tuning "
     "encoders.sharing data",
     "models encoders.tower encoders.tuned encoders.store "
     "encoders.halves encoders.prefix data.batches prompting.families prompting.p5 "
     "prompting.indexing prompting.trie prompting.decoding prompting.templates prompting.tokens "
-    "prompting.language_model prompting.asking prompting.rating_data "
-    "prompting.rating_language prompting.rating_models",
+    "prompting.language_model prompting.asking",
     # models.recommender joins a tower and a user model
-    "evaluation.result models.recommender models.sharding evaluation.card",
-    "assembly",
+    "evaluation.result models.recommender models.sharding evaluation.card "
+    "prompting.rating_config prompting.rating_data prompting.rating_language "
+    "prompting.rating_models",
+    "assembly training",
     "questions",
     "train_tcf score prompting.generate prompting.show prompting.audit prompting.train_p5 "
     "prompting.rating chat serving transfer",
@@ -42,14 +44,14 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.spl
 NO_TORCH = (
     r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|"
     r"evaluation\.(config|metrics|significance|pools|ratings|texts)|chat\.(?!offline).*|"
-    r"prompting\.(templates|families|p5|indexing|trie|generate|show|audit)|"
+    r"prompting\.(templates|families|indexing|trie|generate|show)|prompting\.(p5|audit)(\..*)?|"
     r"reporting\..*"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it
     "transformers": r"(encoders|prompting|transfer)\..*|serving\.merging",
     "peft": r"(encoders|prompting|transfer)\..*|serving\.merging",
     "sentence_transformers": r"serving\.sentence_folder",
-    "accelerate": r"encoders\..*|launch|assembly|train_tcf|"
+    "accelerate": r"encoders\..*|launch|assembly|training|train_tcf|"
     r"prompting\.(train_p5|rating)|transfer\.pretrain",
     "vllm": r"chat\..*|encoders\.store.*",
     "openai": r"chat\..*|encoders\.store.*",

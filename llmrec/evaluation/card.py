@@ -23,7 +23,7 @@ BEYOND = {
 WEIGHTS = {
     "chat": "model and templates",
     "p5 train": "model, templates, ratings and reviews",
-    "rating": "encoder and template",
+    "rating": "ratings, encoder and template",
 }
 """What the hash of what was read is over, by command."""
 HEADINGS = {"chat": "## Chat model", "p5 train": "## Language model"}

@@ -67,8 +67,13 @@ def check_program(name: str) -> None:
 def seeds_matter(name: str, options: Mapping[str, Any]) -> bool:
     """Whether another run.seed could change a row's numbers.
 
-    A chat model that is asked once, without examples, at temperature 0 answers the same.
+    A chat model that is asked once, without examples, at temperature 0 answers the same; means of
+    ratings are what they are.
     """
+    if name == "rating":
+        from llmrec.prompting.rating_models import COUNTED
+
+        return options.get("model.name") not in COUNTED
     drawn = {"chat.temperature": 0, "chat.shuffles": 1, "chat.examples": 0}
     return name != "chat" or any(options.get(key, off) != off for key, off in drawn.items())
 
@@ -149,10 +154,10 @@ def _p5_reader(config: Any, shared: Shared) -> str | None:
 
 
 def _rating_reader(config: Any, shared: Shared) -> str | None:
-    """What tells the encoder's files and the prompt's template, where text is read."""
+    """What tells the ratings, and where text is read the encoder's files and the template."""
     from llmrec.prompting.rating import reader_of
 
-    return reader_of(config)
+    return reader_of(config, shared.prints(config.data)[1])
 
 
 _READERS: dict[str, Callable[[Any, Shared], str | None]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,7 @@ def build_optimizer(
     optim: OptimConfig,
     language: nn.Module | None = None,
     encoder: TunableEncoder | None = None,
+    tables: Collection[nn.Module] = (),
 ) -> torch.optim.Optimizer:
     """AdamW over what learns: the recommender, and the language model at a rate of its own.
 
@@ -70,8 +72,10 @@ def build_optimizer(
         optim: rates and decay of everything but the language model.
         language: the part of `model` that learns at a rate of its own, a tuned language model.
         encoder: the rate and decay of that part.
+        tables: linear layers that are tables, such as a language model's output layer.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear -= {id(weight) for table in tables for weight in table.parameters()}
     read = set() if language is None else {id(weight) for weight in language.parameters()}
     groups: list[dict[str, Any]] = []
     parts = [(False, optim.lr, optim.weight_decay)]

@@ -352,9 +352,11 @@ class _Tree:
 
     def shut_leaves(self, seen: Sequence[Int32]) -> Tensor:
         """``prompt * N + leaf`` of all seen items, ascending: (B, any) -> (S,)."""
-        leaves = self.trie.leaf_of()
-        found = [np.unique(leaves[items]).astype(np.int64) for items in seen]
-        shut = [row * len(self.trie) + own[own >= 0] for row, own in enumerate(found)]
+        leaves, shut = self.trie.leaf_of(), []
+        for row, items in enumerate(seen):
+            marked = np.zeros(len(self.trie), np.bool_)  # no sort: all but candidates may be shut
+            marked[leaves[items[items > 0]]] = True
+            shut.append(row * len(self.trie) + np.flatnonzero(marked))
         return torch.from_numpy(np.concatenate(shut)).to(self.device)
 
     def children(self, rows: _Rows, logits: Tensor, shut: Tensor) -> _Growth:

@@ -200,8 +200,8 @@ def generate(argv: Sequence[str]) -> int:
     beside = {kind: out.with_name(out.name + kind) for kind in (MANIFEST, INDEXING)}
     writer = Writer(session)
     beside[MANIFEST].unlink(missing_ok=True)  # it vouches for the file that is replaced
-    save_indexing(beside[INDEXING], session.indexing, session.generator.dataset)
     writer.write(out, examples(session, config))
+    save_indexing(beside[INDEXING], session.indexing, session.generator.dataset)
     write_json(beside[MANIFEST], _manifest(session, config, writer.counts, out))
     _report(session, config, writer.counts)
     return 0

@@ -198,10 +198,25 @@ class LanguageModel(nn.Module):
             nn.init.normal_(self.words.weight, std=1.0 if config.from_scratch else 0.02)
         if config.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.flops = 0
+        """Operations of all training steps so far, of this process."""
+        # 2 forward and 4 backward; frozen weights have no gradients of their own.
+        self._flops_per_weight = 6 if config.tune == "full" else 4
+        self._reading, self._writing = self._parameters_by_part()
         self.to(device)
+
+    @property
+    def tables(self) -> list[nn.Module]:
+        """What has a row per token: the embedding, and the output layer, which may be the same."""
+        return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
 
     def forward(self, batches: Sequence[TrainingBatch]) -> Tensor:
         """The summed cross-entropy of all answer tokens of packed batches, a scalar."""
+        for batch in batches:
+            self.flops += self._flops_per_weight * (
+                self._reading * batch.prompt_tokens
+                + (self._writing * batch.answer_tokens if self.encoder_decoder else 0)
+            )
         return torch.stack([self._loss(batch) for batch in batches]).sum()
 
     def _loss(self, batch: TrainingBatch) -> Tensor:
@@ -297,7 +312,7 @@ class LanguageModel(nn.Module):
             for text in self.prompts.tokenizer.batch_decode(made, skip_special_tokens=True)
         ]
 
-    def parameters_by_part(self) -> tuple[int, int]:
+    def _parameters_by_part(self) -> tuple[int, int]:
         """Non-embedding parameters that read a prompt's tokens, and that make an answer's."""
         if not self.encoder_decoder:
             count = _counted(self.model.base_model)

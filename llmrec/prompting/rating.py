@@ -15,14 +15,12 @@ if __name__ == "__main__":  # by path: the repository's root comes first, not th
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +30,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from llmrec import checkpoints
-from llmrec.checkpoints import Progress
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import effective, load_dataset
 from llmrec.data.splits import FitOn, fit_ends, split, summary
@@ -43,11 +40,11 @@ from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import Float64
 from llmrec.evaluation.ratings import RATING_MEASURES, mean_baselines, rating_values
-from llmrec.evaluation.result import RunFacts, build_rating_result, identity, write_result
+from llmrec.evaluation.result import build_rating_result, identity, write_result
 from llmrec.launch import sharded, start
 from llmrec.models.optim import build_optimizer, set_rate
 from llmrec.options import as_dict, as_yaml, parse
-from llmrec.progress import EpochLog, progress_bar
+from llmrec.progress import progress_bar
 from llmrec.prompting.rating_config import RatingConfig
 from llmrec.prompting.rating_data import Offsets, Pairs, Rated
 from llmrec.prompting.rating_language import LanguageRater
@@ -57,9 +54,18 @@ from llmrec.prompting.rating_models import (
     TransformerRater,
 )
 from llmrec.prompting.templates import Prompt, load_prompt
-from llmrec.runs import CONFIG, RESULT, alone, check_vacant, open_run, write_atomically
+from llmrec.runs import alone, check_vacant
+from llmrec.training import (
+    Epochs,
+    Stage,
+    check_tensorboard,
+    console_of,
+    number_format,
+    open_or_resume,
+    resume_stage,
+    run_facts,
+)
 
-Stage = Literal["fit", "refit"]
 PROG, DESCRIPTION = (
     "llmrec rating",
     "Train one predictor of ratings, select it on validation RMSE, score it once on test.",
@@ -103,13 +109,12 @@ class Task:
 class Learner:
     """One stage of training: what a step moves, what it draws from, and how far it is."""
 
-    stage: Stage
     model: Rater
     wrapped: nn.Module
     """The model as Accelerate distributes it."""
     optimizer: torch.optim.Optimizer
     pairs: Pairs
-    progress: Progress
+    epochs: Epochs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,11 +142,16 @@ def _label(config: RatingConfig) -> str:
     return "-".join([*parts, config.model.head])
 
 
-def reader_of(config: RatingConfig) -> str | None:
-    """What tells the language model's files and the prompt from any other's; None reads none."""
-    if config.model.name != "language_model":
-        return None
-    parts = [locate(config.encoder).identity, _prompt(config).template.sha256]
+def reader_of(config: RatingConfig, told: str) -> str:
+    """What tells the ratings, and where text is read the model's files and the prompt, from others.
+
+    Args:
+        config: the run's.
+        told: fingerprint of the data's ratings and reviews.
+    """
+    parts = [told]
+    if config.model.name == "language_model":
+        parts += [locate(config.encoder).identity, _prompt(config).template.sha256]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -161,24 +171,21 @@ def run(argv: Sequence[str]) -> int:
     config = configure(argv)
     joined = torch.distributed.is_initialized()  # by a suite, whose processes stay together
     accelerator = start(config.run.precision)
-    console = Console(
-        stderr=True,
-        quiet=not accelerator.is_main_process,
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    console = console_of(accelerator)
     check_vacant(Path(config.run.folder), config.run.overwrite)
     task = prepare(config, accelerator, console)
     console.print(
         f"{config.run.label}, seed {config.run.seed}: {task.dataset.name}, "
         f"{task.dataset.interactions.user_count} users, {task.dataset.item_count} items, "
         f"{len(task.rated.rows)} ratings, {len(task.split.test)} to predict; "
-        f"{accelerator.num_processes} x {accelerator.device.type}"
+        f"{accelerator.num_processes} x {accelerator.device.type}, {number_format(accelerator)}"
     )
     console.print(f"  {summary(task.dataset, task.split)}")
+    if unrated := task.split.counts["interactions_without_rating"]:
+        left_out = task.split.counts["test_cases_without_rating"]
+        console.print(f"  {unrated} interactions have no rating; {left_out} test cases left out")
     with alone(task.folder) if accelerator.is_main_process else contextlib.nullcontext():
-        open_or_resume(task)
+        open_or_resume(config.run, as_yaml(config), task.identity, accelerator)
         counted = config.model.name in COUNTED
         predicted, cost = count(task) if counted else train(task)
         if accelerator.is_main_process:
@@ -208,8 +215,8 @@ def prepare(config: RatingConfig, accelerator: Accelerator, console: Console) ->
                 "data.rating_column, or cut otherwise (split.method)."
             )
     refuse_untrainable(config, accelerator, len(drawn(config, training)), dataset)
-    who = identity(as_dict(config), dataset.fingerprint(), reader_of(config)) | {
-        "ratings": hashlib.sha256(rated.stars.tobytes()).hexdigest(),
+    reader = reader_of(config, dataset.told_fingerprint())
+    who = identity(as_dict(config), dataset.fingerprint(), reader) | {
         "number format": accelerator.mixed_precision,
         "device": accelerator.device.type,
     }
@@ -241,8 +248,7 @@ def refuse_untrainable(
                 "model.name=language_model reads titles, and no item has one. Name a template "
                 "with data.item_text, or use model.name=transformer_mlp."
             )
-    if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("run.tensorboard needs an extra: pip install 'llmrec[report]'.")
+    check_tensorboard(config.run)
 
 
 def drawn(config: RatingConfig, training: Pairs) -> Pairs:
@@ -252,23 +258,6 @@ def drawn(config: RatingConfig, training: Pairs) -> Pairs:
         return training
     rng = np.random.default_rng(config.run.seed)
     return training.take(np.sort(rng.choice(len(training), wanted, replace=False)))
-
-
-def open_or_resume(task: Task) -> None:
-    """Start a run folder, or keep the unfinished run in it if this is the same one."""
-    run, accelerator = task.config.run, task.accelerator
-    states = [checkpoints.newest_state(task.folder, stage) for stage in ("fit", "refit")]
-    unfinished = [state for state in states if state]
-    if run.resume == "auto" and unfinished and not (task.folder / RESULT).exists():
-        for state in unfinished:
-            checkpoints.refuse_another(state, task.identity, accelerator.num_processes)
-        if accelerator.is_main_process:
-            write_atomically(task.folder / CONFIG, as_yaml(task.config).encode())
-    else:
-        accelerator.wait_for_everyone()  # all have looked
-        if accelerator.is_main_process:
-            open_run(task.folder, as_yaml(task.config), run.overwrite)
-    accelerator.wait_for_everyone()
 
 
 def count(task: Task) -> tuple[Float64, dict[str, Any]]:
@@ -294,8 +283,6 @@ def train(task: Task) -> tuple[Float64, dict[str, Any]]:
         cost |= {f"refit_{name}": value for name, value in more.items()}
         for name in ("train_seconds", "flops"):
             cost[name] += more[name]
-    if isinstance(model, LanguageRater):
-        cost |= {"encoder": {"model": config.encoder.model, "weights": reader_of(config)}}
     return predict(task, model, task.rated.pairs(task.split.test)), cost
 
 
@@ -307,46 +294,25 @@ def fit(task: Task, refit_epochs: int | None = None) -> tuple[Rater, dict[str, A
         refit_epochs: train on train+valid for so many epochs and keep the last weights; otherwise
             validate after each, stop early and keep the best.
     """
-    config, folder, select = task.config, task.folder, task.config.run.select
-    learner = start_stage(task, "refit" if refit_epochs else "fit")
-    stage, model, progress = learner.stage, learner.model, learner.progress
+    learner, select = start_stage(task, refit_epochs), task.config.run.select
+    epochs, model, progress = learner.epochs, learner.model, learner.epochs.progress
     valid = task.rated.pairs(task.split.valid)
-    data, kept = task.identity["data fingerprint"], progress.epoch - 1
-    log = EpochLog(folder, stage, select, task.console, config.run.tensorboard, data, kept)
+    log = epochs.open_log(task.console)
     while not progress.finished:
         loss, score = train_epoch(task, learner), math.nan
         if not refit_epochs:
             score = rating_values(valid.stars, predict(task, model, valid))[select]
-        lr = float(learner.optimizer.param_groups[0]["lr"])
-        log.add(progress.epoch, progress.epoch_seconds, loss, lr, score)
-        if refit_epochs or progress.best is None or score < progress.best:
-            progress.best = None if refit_epochs else score
-            progress.best_epoch = progress.epoch
-            checkpoints.save_weights(folder, stage, progress.epoch, model)
-        impatient = progress.epoch - progress.best_epoch >= config.optim.patience
-        progress.finished = impatient or progress.epoch == (refit_epochs or config.optim.epochs)
-        progress.seconds += progress.epoch_seconds
-        progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
-        save_state(task, learner, loss=0.0)
-    log.close()
-    task.accelerator.wait_for_everyone()
-    checkpoints.load_weights(folder, stage, progress.best_epoch, model)
-    cost: dict[str, Any] = {
-        "train_seconds": progress.seconds,
-        "epochs": progress.epoch - 1,
-        "selected_epoch": progress.best_epoch,
-        "training_pairs": len(learner.pairs),
-        "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
-        "flops": sum(progress.flops),
-    }
+        epochs.end(log, loss, score, model.flops)
+    epochs.close(log)
+    cost = epochs.cost() | {"training_pairs": len(learner.pairs)}
     return model, cost if refit_epochs else cost | {f"valid_{select}": progress.best}
 
 
-def start_stage(task: Task, stage: Stage) -> Learner:
+def start_stage(task: Task, refit_epochs: int | None) -> Learner:
     """Fresh weights and optimizer, or those of the latest state that a killed run left."""
     config, accelerator = task.config, task.accelerator
     accelerator.free_memory()  # what the stage before held
-    training, offsets = task.learned("train" if stage == "fit" else "train+valid")
+    training, offsets = task.learned("train+valid" if refit_epochs else "train")
     pairs = drawn(config, training)
     set_seed(config.run.seed)
     model = build(task, training, offsets)
@@ -354,18 +320,15 @@ def start_stage(task: Task, stage: Stage) -> Learner:
         read_ahead(task, model, part)
     optimizer = build_optimizer(model, config.optim, model.language_model, config.encoder)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    progress, state = Progress(), checkpoints.newest_state(task.folder, stage)
-    if state is not None:
-        progress = checkpoints.load_state(state, model, optimizer)
+    stage: Stage = "refit" if refit_epochs else "fit"
+    progress = resume_stage(config.run, stage, model, optimizer, accelerator, task.console)
+    if progress.flops:
         model.flops = progress.flops[accelerator.process_index]
-        task.console.print(
-            f"  resuming {stage}: {progress.epoch - 1} epochs and {progress.step} steps are done"
-        )
-    accelerator.wait_for_everyone()  # all have read
-    if accelerator.is_main_process:
-        checkpoints.tidy(task.folder, stage, config.run.keep_states)
-    accelerator.wait_for_everyone()
-    return Learner(stage, model, wrapped, optimizer, pairs, progress)
+    epochs = Epochs(
+        stage, config.run, config.optim, task.identity, model, optimizer, progress, accelerator,
+        refit_epochs, lowest=True,
+    )  # fmt: skip
+    return Learner(model, wrapped, optimizer, pairs, epochs)
 
 
 def build(task: Task, training: Pairs, offsets: Offsets) -> Rater:
@@ -386,9 +349,10 @@ def train_epoch(task: Task, learner: Learner) -> float:
     Nothing random outlives a step: the order follows from seed and epoch, dropout from these, the
     step and the process. So a resumed run does what an undisturbed one does.
     """
-    config, accelerator, progress = task.config, task.accelerator, learner.progress
+    config, accelerator, epochs = task.config, task.accelerator, learner.epochs
+    progress = epochs.progress
     optim, epoch, total = config.optim, progress.epoch, len(learner.pairs)
-    order = np.random.default_rng(_entropy(task, learner)).permutation(total)
+    order = np.random.default_rng(epochs.entropy()).permutation(total)
     batches = np.split(order, range(optim.batch_size, total, optim.batch_size))
     summed = torch.zeros((), device=accelerator.device)
     if progress.losses:
@@ -398,8 +362,7 @@ def train_epoch(task: Task, learner: Learner) -> float:
     with progress_bar(task.console) as bar:
         shown = bar.add_task(f"epoch {epoch}", total=len(batches), completed=progress.step)
         for number in range(progress.step, len(batches)):
-            noise = _entropy(task, learner, number, accelerator.process_index)
-            torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
+            epochs.reseed(number)
             summed += train_step(task, learner, batches[number])
             if optim.clip != "off":
                 accelerator.clip_grad_norm_(learner.wrapped.parameters(), optim.clip)
@@ -409,25 +372,12 @@ def train_epoch(task: Task, learner: Learner) -> float:
             learner.optimizer.zero_grad()
             progress.step = number + 1
             bar.update(shown, completed=progress.step)
-            due, last = config.run.checkpoint_steps, progress.step == len(batches)
-            saving = due != "epoch" and progress.step % due == 0 and not last
-            if (saving or last) and not math.isfinite(float(summed)):
-                raise UsageError(
-                    f"the loss is not finite in epoch {epoch}, by step {progress.step}. Lower "
-                    f"optim.lr={optim.lr:g} or encoder.lr, and start over with --run.resume never."
-                )
-            if saving:
+            epochs.check(summed, len(batches))
+            if epochs.due(len(batches)):
                 progress.epoch_seconds = time.perf_counter() - began
-                save_state(task, learner, float(summed))
+                epochs.save_state(float(summed), learner.model.flops)
     progress.epoch_seconds = time.perf_counter() - began
     return float(accelerator.reduce(summed, "sum")) / total
-
-
-def _entropy(task: Task, learner: Learner, *parts: int) -> np.random.SeedSequence:
-    """Of one purpose in one epoch of one stage, by what else it depends on."""
-    stage = 1 + (learner.stage == "refit")
-    # A sequence ignores zeros at its end, hence the last 1: else step 0 would be no step.
-    return np.random.SeedSequence((task.config.run.seed, stage, learner.progress.epoch, *parts, 1))
 
 
 def train_step(task: Task, learner: Learner, batch: Int64) -> Tensor:
@@ -475,17 +425,6 @@ def read_ahead(task: Task, model: Rater, pairs: Pairs) -> None:
             model.frozen_vectors.update(vectors)
 
 
-def save_state(task: Task, learner: Learner, loss: float) -> None:
-    """Write what a killed run resumes from; `loss` is this process's sum over the epoch so far."""
-    progress = learner.progress
-    progress.losses = gather_object([loss])
-    progress.flops = gather_object([learner.model.flops])
-    checkpoints.save_state(
-        task.folder, learner.stage, learner.model, learner.optimizer, progress, task.identity,
-        task.config.run.keep_states,
-    )  # fmt: skip
-
-
 def predict(task: Task, model: Rater, pairs: Pairs) -> Float64:
     """Stars, (P,), in blocks that do not depend on the number of processes, which share them."""
     accelerator = task.accelerator
@@ -497,32 +436,23 @@ def predict(task: Task, model: Rater, pairs: Pairs) -> Float64:
             rows = np.arange(block, min(block + PAIRS, len(pairs)))
             found[block] = model.predict(pairs.take(rows))
     everyones = {block: stars for part in gather_object([found]) for block, stars in part.items()}
-    return np.concatenate([everyones[block] for block in blocks])
+    stars = np.concatenate([everyones[block] for block in blocks])
+    if not np.isfinite(stars).all():  # the last step's damage, which no later loss has shown
+        rate = f"optim.lr={task.config.optim.lr:g}"
+        rate += f" or encoder.lr={task.config.encoder.lr:g}" if task.config.encoder.tuned else ""
+        raise UsageError(
+            f"the predictions are not finite. Lower {rate}, and start over with --run.resume never."
+        )
+    return stars
 
 
 def finish(task: Task, predicted: Float64, cost: dict[str, Any]) -> None:
     """Write predictions and the result, and say the main figures."""
     config, accelerator = task.config, task.accelerator
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(accelerator.device)
-    facts = RunFacts(
-        name=task.folder.name,
-        label=config.run.label,
-        seed=config.run.seed,
-        config=as_dict(config),
-        data_source=config.data.source,
-        split=config.split.method,
-        filter_seen="",
-        fit_on=config.run.fit_on,
-        selection="none" if config.model.name in COUNTED else config.run.select,
-        processes=accelerator.num_processes,
-        device=accelerator.device.type,
-        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        cost=cost | {"peak_memory_bytes": peak},
-    )
+    selected, reads = config.model.name not in COUNTED, config.model.name == "language_model"
+    model = config.encoder.model if reads else "none"
+    cost |= {"encoder": {"model": model, "weights": task.identity["encoder weights"]}}
+    facts = run_facts(config, accelerator, cost, filter_seen="", selected=selected)
     learned = task.ends(config.run.fit_on)
     result = build_rating_result(facts, task.dataset, task.split, predicted, learned)
     test = write_result(task.folder, result, run_card)["metrics"]["test"]

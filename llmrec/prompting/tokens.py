@@ -24,6 +24,8 @@ IGNORED = -100
 """A label that no loss is taken at."""
 WHOLE_WORDS = 512
 """Rows of the whole-word table (P5); words from the 511th on share the last one."""
+SIMILAR = 4
+"""How many times longer than another a prompt of the same packed batch may be."""
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -227,16 +229,16 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def training_batches(
     tokens: PromptTokenizer, prompts: Sequence[str], answers: Sequence[str]
 ) -> tuple[TrainingBatch, ...]:
-    """Prompts and their answers, packed; those of a batch differ in length by at most half.
+    """Prompts and their answers, packed; each batch has prompts of similar length.
 
-    Attention costs a row's tokens times its length, so short prompts would pay dearly in the rows
-    of a long one.
+    Attention costs a row's tokens times its length, so a short prompt would pay dearly in the row
+    of a long one: in a batch none is longer than `SIMILAR` times another.
     """
     questions, targets = tokens.prompts(prompts), tokens.answers(answers)
     order = sorted(range(len(questions)), key=lambda row: (-len(questions[row].ids), row))
     groups: list[list[int]] = []
     for row in order:
-        if not groups or 2 * len(questions[row].ids) < len(questions[groups[-1][0]].ids):
+        if not groups or SIMILAR * len(questions[row].ids) < len(questions[groups[-1][0]].ids):
             groups.append([])
         groups[-1].append(row)
     return tuple(

@@ -16,10 +16,10 @@ if __name__ == "__main__":  # by path: the repository's root comes first, not th
 
 import contextlib
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,14 +30,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llmrec import checkpoints
-from llmrec.checkpoints import Progress
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import DataConfig, effective, load_dataset
-from llmrec.data.splits import SplitConfig, fit_ends, split, summary
+from llmrec.data.splits import FitOn, SplitConfig, fit_ends, split, summary
 from llmrec.encoders.loading import Location
 from llmrec.encoders.text import out_of_memory
 from llmrec.errors import UsageError, exit_code
@@ -46,7 +45,6 @@ from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import Measure, Ranking, merge
 from llmrec.evaluation.pools import Pools, write_pools
 from llmrec.evaluation.result import (
-    RunFacts,
     build_result,
     identity,
     metrics_of,
@@ -55,7 +53,7 @@ from llmrec.evaluation.result import (
 from llmrec.launch import sharded, start
 from llmrec.models.optim import OptimConfig, build_optimizer, set_rate
 from llmrec.options import as_dict, as_yaml, parse
-from llmrec.progress import EpochLog, progress_bar
+from llmrec.progress import progress_bar
 from llmrec.prompting.asking import (
     Asker,
     DecodingConfig,
@@ -78,7 +76,17 @@ from llmrec.prompting.p5 import Example, PromptConfig, PromptGenerator
 from llmrec.prompting.tokens import train_tokenizer, training_batches
 from llmrec.prompting.trie import Trie
 from llmrec.questions import pool_cases
-from llmrec.runs import CONFIG, RESULT, RunOptions, alone, check_vacant, open_run, write_atomically
+from llmrec.runs import RunOptions, alone, check_vacant, write_atomically
+from llmrec.training import (
+    Epochs,
+    Stage,
+    check_tensorboard,
+    console_of,
+    number_format,
+    open_or_resume,
+    resume_stage,
+    run_facts,
+)
 
 PROG, DESCRIPTION = (
     "llmrec p5 train",
@@ -86,7 +94,7 @@ PROG, DESCRIPTION = (
 )
 TOKENIZER_PROMPTS = 50_000
 """Training prompts that the tokenizer of a new model is learned from, at most."""
-INDEXING = "indexing.json"
+INDEXING, TOKENIZER = "indexing.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,6 @@ class Task:
 class Learner:
     """One stage of training: what a step moves, the prompts it reads, and how far it is."""
 
-    stage: Literal["fit", "refit"]
     model: LanguageModel
     wrapped: nn.Module
     """The model as Accelerate distributes it."""
@@ -148,7 +155,7 @@ class Learner:
     generator: PromptGenerator
     indexing: Indexing
     trie: Trie
-    progress: Progress
+    epochs: Epochs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,18 +186,15 @@ def run(argv: Sequence[str]) -> int:
             "FSDP is not supported by llmrec p5 train. Use --config_file "
             "configs/accelerate/multi_gpu.yaml, and model.tune=lora or qlora for large models."
         )
-    console = Console(
-        stderr=True,
-        quiet=not accelerator.is_main_process,
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    console = console_of(accelerator)
     check_vacant(Path(config.run.folder), config.run.overwrite)
     task = prepare(config, accelerator, console)
     with alone(task.folder) if accelerator.is_main_process else contextlib.nullcontext():
-        first = start_stage(task, "fit")  # may refuse, so before the folder is made
-        open_or_resume(task, first)
+        first = start_stage(task)  # may refuse, so before the folder is made
+        refuse_unmeasurable(task, first)
+        open_or_resume(config.run, as_yaml(config), task.identity, accelerator)
+        if accelerator.is_main_process:
+            write_names(task, first)
         learner, cost = train(task, first)
         tested = ask_test(task, learner)
         if accelerator.is_main_process:
@@ -226,8 +230,7 @@ def prepare(config: P5Config, accelerator: Accelerator, console: Console) -> Tas
         f"{config.run.label}, seed {config.run.seed}: {dataset.name}, "
         f"{dataset.interactions.user_count} users, {dataset.item_count} items, "
         f"{len(dataset.interactions.items)} interactions; "
-        f"{accelerator.num_processes} x {accelerator.device.type}, "
-        f"{'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}"
+        f"{accelerator.num_processes} x {accelerator.device.type}, {number_format(accelerator)}"
     )
     console.print(f"  {summary(dataset, asked)}")
     return Task(config, dataset, asked, pools, templates, place, who, accelerator, console)
@@ -247,36 +250,34 @@ def reader_of(config: P5Config, told: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def open_or_resume(task: Task, learner: Learner) -> None:
-    """Start a run folder, or keep the unfinished run in it if this is the same one."""
-    run, accelerator = task.config.run, task.accelerator
-    if learner.progress.step or learner.progress.epoch > 1 or learner.progress.finished:
-        if accelerator.is_main_process:
-            write_atomically(task.folder / CONFIG, as_yaml(task.config).encode())
-    else:
-        accelerator.wait_for_everyone()  # all have looked
-        if accelerator.is_main_process:
-            open_run(task.folder, as_yaml(task.config), run.overwrite)
-    if accelerator.is_main_process:
-        save_indexing(task.folder / INDEXING, learner.indexing, task.dataset)
-        tokenizer = learner.model.prompts.tokenizer
-        write_atomically(
-            task.folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
+def refuse_unmeasurable(task: Task, learner: Learner) -> None:
+    """Refuse what would only fail after hours of training: options and packages of the test."""
+    asked = list(other_templates(task.templates, task.config.decoding, trained_families(learner)))
+    writing = [template.id for template in asked if template.group == "text"]
+    missing = [name for name in ("sacrebleu", "rouge_score") if not importlib.util.find_spec(name)]
+    if writing and missing:
+        raise UsageError(
+            f"prompt {writing[0]} asks for a text, and holding it against the true one needs an "
+            "extra: pip install 'llmrec[text]'. Or name other prompts with decoding.others."
         )
-        if task.pools is not None:
-            write_pools(task.folder, task.dataset, task.split.test, task.pools)
-    accelerator.wait_for_everyone()
+    check_tensorboard(task.config.run)
+    for template in asked:
+        if reason := learner.generator.cannot_ask(template, "test"):
+            raise UsageError(f"decoding.others names prompt {template.id}. {reason}")
 
 
-def unfinished_state(task: Task, stage: str) -> Path | None:
-    """The state that a killed run of the same kind left, if it is to be resumed."""
-    run, accelerator = task.config.run, task.accelerator
-    if run.resume != "auto" or (task.folder / RESULT).exists():
-        return None
-    state = checkpoints.newest_state(task.folder, stage)
-    if state is not None:
-        checkpoints.refuse_another(state, task.identity, accelerator.num_processes)
-    return state
+def trained_families(learner: Learner) -> list[str]:
+    """The families that the model is trained on, each once."""
+    return list(dict.fromkeys(kind.family for kind in learner.generator.kinds))
+
+
+def write_names(task: Task, learner: Learner) -> None:
+    """Write how items are called and how text becomes tokens: without these weights say nothing."""
+    save_indexing(task.folder / INDEXING, learner.indexing, task.dataset)
+    tokenizer = learner.model.prompts.tokenizer.backend_tokenizer
+    write_atomically(task.folder / TOKENIZER, tokenizer.to_str().encode())
+    if task.pools is not None:
+        write_pools(task.folder, task.dataset, task.split.test, task.pools)
 
 
 def train(task: Task, first: Learner) -> tuple[Learner, dict[str, Any]]:
@@ -284,28 +285,27 @@ def train(task: Task, first: Learner) -> tuple[Learner, dict[str, Any]]:
     cost = fit(task, first)
     if task.config.run.fit_on == "train":
         return first, cost
-    second = start_stage(task, "refit")
-    again = fit(task, second, refit_epochs=cost["selected_epoch"])
+    second = start_stage(task, refit_epochs=cost["selected_epoch"])
+    again = fit(task, second)
     cost |= {f"refit_{name}": value for name, value in again.items()}
     for name in ("train_seconds", "flops"):
         cost[name] += again[name]
     return second, cost
 
 
-def start_stage(task: Task, stage: Literal["fit", "refit"]) -> Learner:
+def start_stage(task: Task, refit_epochs: int | None = None) -> Learner:
     """Fresh weights and optimizer, or those of the latest state that a killed run left."""
     config, accelerator, dataset = task.config, task.accelerator, task.dataset
     accelerator.free_memory()  # what the stage before held
-    ends = fit_ends(
-        dataset.interactions, config.split, "train" if stage == "fit" else "train+valid"
-    )
+    stage: Stage = "refit" if refit_epochs else "fit"
+    fit_on: FitOn = "train+valid" if refit_epochs else "train"
+    ends = fit_ends(dataset.interactions, config.split, fit_on)
     indexing = build_indexing(config.indexing, dataset, ends)
     generator = PromptGenerator(
         dataset, task.split, indexing, task.templates, config.prompts, train_end=ends
     )
     for reason in generator.left_out.values() if stage == "fit" else ():
         task.console.print(f"  left out: {reason}")
-    state = unfinished_state(task, stage)
     set_seed(config.run.seed)
     with accelerator.main_process_first():
         tokenizer = tokenizer_of(task, generator, indexing)
@@ -313,19 +313,16 @@ def start_stage(task: Task, stage: Literal["fit", "refit"]) -> Learner:
             config.model, task.place, tokenizer, indexing.tokens, accelerator.device
         )
     trie = answer_trie(model, indexing.mentions)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, tables=model.tables)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    progress = Progress()
-    if state is not None:
-        progress = checkpoints.load_state(state, model, optimizer)
-        task.console.print(
-            f"  resuming {stage}: {progress.epoch - 1} epochs and {progress.step} steps are done"
-        )
-    accelerator.wait_for_everyone()  # all have read
-    if accelerator.is_main_process:
-        checkpoints.tidy(task.folder, stage, config.run.keep_states)
-    accelerator.wait_for_everyone()
-    return Learner(stage, model, wrapped, optimizer, generator, indexing, trie, progress)
+    progress = resume_stage(config.run, stage, model, optimizer, accelerator, task.console)
+    if progress.flops:
+        model.flops = progress.flops[accelerator.process_index]
+    epochs = Epochs(
+        stage, config.run, config.optim, task.identity, model, optimizer, progress, accelerator,
+        refit_epochs,
+    )  # fmt: skip
+    return Learner(model, wrapped, optimizer, generator, indexing, trie, epochs)
 
 
 def tokenizer_of(
@@ -339,65 +336,35 @@ def tokenizer_of(
     return train_tokenizer(texts, task.config.model.scratch.vocabulary, indexing.tokens)
 
 
-def fit(task: Task, learner: Learner, refit_epochs: int | None = None) -> dict[str, Any]:
-    """The training loop; leaves the selected weights in the model and returns the cost.
-
-    Args:
-        task: data, config, accelerator.
-        learner: what is trained.
-        refit_epochs: train so many epochs and keep the last weights; otherwise validate after each,
-            stop early and keep the best.
-    """
-    config, folder = task.config, task.folder
-    stage, model, progress = learner.stage, learner.model, learner.progress
-    select, tensorboard = config.run.select, config.run.tensorboard
-    data, kept = task.identity["data fingerprint"], progress.epoch - 1
-    log = EpochLog(folder, stage, select, task.console, tensorboard, data, kept)
+def fit(task: Task, learner: Learner) -> dict[str, Any]:
+    """The training loop; leaves the selected weights in the model and returns the cost."""
+    decoding, seed = task.config.decoding, task.config.run.seed
+    epochs, progress = learner.epochs, learner.epochs.progress
+    log = epochs.open_log(task.console)
     while not progress.finished:
-        loss = train_epoch(task, learner)
-        score = math.nan
-        if not refit_epochs:
-            chosen = sample(len(task.split.valid), config.decoding.valid_cases, config.run.seed)
+        loss, score = train_epoch(task, learner), math.nan
+        if not epochs.refit_epochs:
+            chosen = sample(len(task.split.valid), decoding.valid_cases, seed)
             ranking, _ = ask_items(task, learner, task.template, "valid", chosen)
-            score = float(Measure.parse(select).per_case(ranking).mean())
-        lr = float(learner.optimizer.param_groups[0]["lr"])
-        log.add(progress.epoch, progress.epoch_seconds, loss, lr, score)
-        if refit_epochs or progress.best is None or score > progress.best:
-            progress.best = None if refit_epochs else score
-            progress.best_epoch = progress.epoch
-            checkpoints.save_weights(folder, stage, progress.epoch, model)
-        impatient = progress.epoch - progress.best_epoch >= config.optim.patience
-        last = progress.epoch == (refit_epochs or config.optim.epochs)
-        progress.finished = last or impatient
-        progress.seconds += progress.epoch_seconds
-        progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
-        save_state(task, learner, loss=0.0)
-    log.close()
-    task.accelerator.wait_for_everyone()
-    checkpoints.load_weights(folder, stage, progress.best_epoch, model)
-    return {
-        "train_seconds": progress.seconds,
-        "epochs": progress.epoch - 1,
-        "selected_epoch": progress.best_epoch,
-        "selected_validation": progress.best,
-        "prompts": learner.generator.count() * (progress.epoch - 1),
-        "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
-        "flops": sum(progress.flops),
-    }
+            score = float(Measure.parse(task.config.run.select).per_case(ranking).mean())
+        epochs.end(log, loss, score, learner.model.flops)
+    epochs.close(log)
+    prompts = learner.generator.count() * (progress.epoch - 1)
+    return epochs.cost() | {"selected_validation": progress.best, "prompts": prompts}
 
 
 def train_epoch(task: Task, learner: Learner) -> float:
-    """One pass over an epoch's prompts, or the rest of it; the mean loss of an answer's token.
+    """One pass over an epoch's prompts, or the rest of it; the mean loss of an answer.
 
     Nothing random outlives a step: the prompts follow from seed and epoch, dropout from these, the
     step and the process. So a resumed run does what an undisturbed one does.
     """
-    config, accelerator, progress = task.config, task.accelerator, learner.progress
-    optim, epoch, count = config.optim, progress.epoch, learner.generator.count()
-    length = math.ceil(count / optim.batch_size)
-    summed = torch.zeros(2, dtype=torch.float64)  # loss, answer tokens
+    config, accelerator, epochs = task.config, task.accelerator, learner.epochs
+    progress, optim, count = epochs.progress, config.optim, learner.generator.count()
+    epoch, length = progress.epoch, math.ceil(count / optim.batch_size)
+    summed = torch.zeros((), dtype=torch.float64)
     if progress.losses:
-        summed += torch.tensor(progress.losses[accelerator.process_index], dtype=torch.float64)
+        summed += progress.losses[accelerator.process_index]
     learner.wrapped.train()
     began = time.perf_counter() - progress.epoch_seconds
     with progress_bar(task.console) as bar:
@@ -411,27 +378,18 @@ def train_epoch(task: Task, learner: Learner) -> float:
             learner.optimizer.zero_grad()
             progress.step = number + 1
             bar.update(shown, completed=progress.step)
-            last = progress.step == length
-            due = config.run.checkpoint_steps
-            saving = due != "epoch" and progress.step % due == 0 and not last
-            if (saving or last or progress.step % 50 == 0) and not _finite(learner, summed):
-                raise UsageError(
-                    f"the loss is not finite in epoch {epoch}, by step {progress.step}. Lower "
-                    f"optim.lr={optim.lr:g} or optim.clip={optim.clip}, and start over with "
-                    "--run.resume never."
-                )
-            if saving:
+            epochs.check(summed, length)
+            if epochs.due(length):
                 progress.epoch_seconds = time.perf_counter() - began
-                save_state(task, learner, summed.tolist())
+                epochs.save_state(float(summed), learner.model.flops)
     progress.epoch_seconds = time.perf_counter() - began
-    loss, tokens = np.sum(gather_object([summed.tolist()]), axis=0)
-    return float(loss / tokens)
+    return sum(gather_object([float(summed)])) / count
 
 
 def batches(learner: Learner, config: P5Config, done: int) -> Iterator[tuple[int, list[Example]]]:
     """The numbered steps of an epoch that are still to do, each with its prompts."""
-    seed = 2 * config.run.seed + (learner.stage == "refit")
-    prompts = learner.generator.train(seed, learner.progress.epoch)
+    seed = 2 * config.run.seed + (learner.epochs.stage == "refit")
+    prompts = learner.generator.train(seed, learner.epochs.progress.epoch)
     for number in itertools.count():
         batch = list(itertools.islice(prompts, config.optim.batch_size))
         if not batch:
@@ -440,12 +398,9 @@ def batches(learner: Learner, config: P5Config, done: int) -> Iterator[tuple[int
             yield number, batch
 
 
-def _step_in_memory(task: Task, learner: Learner, batch: list[Example], number: int) -> Tensor:
+def _step_in_memory(task: Task, learner: Learner, batch: list[Example], number: int) -> float:
     """`train_step` with noise of its own; says what to do where memory runs out."""
-    seed, stage = task.config.run.seed, 1 + (learner.stage == "refit")
-    rank = task.accelerator.process_index
-    noise = np.random.SeedSequence((seed, stage, learner.progress.epoch, number, rank, 1))
-    torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
+    learner.epochs.reseed(number)
     try:
         return train_step(task, learner, batch)
     except RuntimeError as error:
@@ -457,8 +412,8 @@ def _step_in_memory(task: Task, learner: Learner, batch: list[Example], number: 
         ) from error
 
 
-def train_step(task: Task, learner: Learner, batch: list[Example]) -> Tensor:
-    """Gradients of one step; this process's summed loss and its number of answer tokens, (2,).
+def train_step(task: Task, learner: Learner, batch: list[Example]) -> float:
+    """Gradients of one step; returns this process's summed loss.
 
     The gradient is that of the mean over all answer tokens of the step, however many processes and
     pieces share them: each piece's sum is divided by the whole step's tokens, and DDP's averaging
@@ -472,7 +427,7 @@ def train_step(task: Task, learner: Learner, batch: list[Example]) -> Tensor:
     pieces = np.array_split(np.arange(max(1, len(mine))), task.config.optim.accumulate)
     pieces = [piece for piece in pieces if len(piece)]
     mine = mine or batch[:1]
-    summed = torch.zeros(2, dtype=torch.float64)
+    summed = 0.0
     for number, piece in enumerate(pieces, start=1):
         part = [mine[row] for row in piece]
         texts, answers = [e.input for e in part], [e.target for e in part]
@@ -483,37 +438,8 @@ def train_step(task: Task, learner: Learner, batch: list[Example]) -> Tensor:
             with accelerator.autocast():
                 loss = learner.wrapped(moved)
             accelerator.backward(loss * (counts * world / tokens))
-        answered = sum(batch.answer_tokens for batch in packed)
-        summed += torch.tensor([float(loss.detach()), answered], dtype=torch.float64) * counts
-        count_flops(task, learner, sum(batch.prompt_tokens for batch in packed), answered)
+        summed += float(loss.detach()) * counts
     return summed
-
-
-def count_flops(task: Task, learner: Learner, read: int, answered: int) -> None:
-    """Add a piece's operations: 6 per weight and token, 4 where most weights are frozen."""
-    reading, writing = learner.model.parameters_by_part()
-    used = reading * read + (writing * answered if learner.model.encoder_decoder else 0)
-    progress = learner.progress
-    progress.flops = progress.flops or [0] * task.accelerator.num_processes
-    factor = 6 if task.config.model.tune == "full" else 4
-    progress.flops[task.accelerator.process_index] += factor * used
-
-
-def _finite(learner: Learner, summed: Tensor) -> bool:
-    """Whether loss and weights are numbers; a loss shows its own step's damage only in the next."""
-    values = (summed, *(w for w in learner.model.parameters() if w.requires_grad))
-    return all(bool(torch.isfinite(value).all()) for value in values)
-
-
-def save_state(task: Task, learner: Learner, loss: Any) -> None:
-    """Write what a killed run resumes from; `loss` is this process's sums over the epoch so far."""
-    progress, rank = learner.progress, task.accelerator.process_index
-    progress.losses = gather_object([loss if loss else [0.0, 0.0]])
-    progress.flops = gather_object([progress.flops[rank]])
-    checkpoints.save_state(
-        task.folder, learner.stage, learner.model, learner.optimizer, progress, task.identity,
-        task.config.run.keep_states,
-    )  # fmt: skip
 
 
 def asker_of(task: Task, learner: Learner) -> Asker:
@@ -587,8 +513,7 @@ def ask_test(task: Task, learner: Learner) -> Tested:
     began, main_one = time.perf_counter(), task.template
     ranking, answers = ask_items(task, learner, main_one, "test")
     seconds = time.perf_counter() - began
-    families = list(dict.fromkeys(kind.family for kind in learner.generator.kinds))
-    others = other_templates(task.templates, task.config.decoding, families)
+    others = other_templates(task.templates, task.config.decoding, trained_families(learner))
     found: dict[str, Any] = {}
     for template in (main_one, *others):
         about: dict[str, Any] = {"family": template.family, "asks for": template.target}
@@ -608,33 +533,12 @@ def ask_test(task: Task, learner: Learner) -> Tested:
 def finish(task: Task, learner: Learner, cost: dict[str, Any], tested: Tested) -> None:
     """Write per-user values and the result, and say the main figures."""
     config, tokens = task.config, learner.model.prompts
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    if task.accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(task.accelerator.device)
-    mixed = task.accelerator.mixed_precision
-    facts = RunFacts(
-        name=task.folder.name,
-        label=config.run.label,
-        seed=config.run.seed,
-        config=as_dict(config),
-        data_source=config.data.source,
-        split=config.split.method,
-        filter_seen=str(config.evaluation.filter_seen).lower(),
-        fit_on=config.run.fit_on,
-        selection=config.run.select,
-        processes=task.accelerator.num_processes,
-        device=task.accelerator.device.type,
-        precision="fp32" if mixed == "no" else mixed,
-        cost=cost
-        | {
-            "answer_seconds": tested.seconds,
-            "prompts_cut": tokens.cut_prompts,
-            "peak_memory_bytes": peak,
-        }
-        | {"encoder": about_model(task)},
-    )
+    cost |= {
+        "answer_seconds": tested.seconds,
+        "prompts_cut": tokens.cut_prompts,
+        "encoder": about_model(task),
+    }
+    facts = run_facts(config, task.accelerator, cost, config.evaluation.filter_seen)
     learned = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
     result = build_result(
         facts,
@@ -677,7 +581,7 @@ def about_model(task: Task) -> dict[str, Any]:
 def told(name: str, about: dict[str, Any]) -> str:
     """One prompt's measures as a line."""
     values = about["measures"]
-    main_ones = ("HR@10", "NDCG@10", "accuracy", "AUC", "RMSE", "MAE", "BLEU", "ROUGE-L")
+    main_ones = ("HR@10", "NDCG@10", "accuracy", "AUC", "RMSE", "MAE", "BLEU-4", "ROUGE-L")
     means = {n: v["mean"] if isinstance(v, dict) else v for n, v in values.items()}
     shown = ", ".join(
         f"{n} {means[n]:.4f}"

@@ -160,6 +160,32 @@ def test_few_beams_find_distinct_unseen_items_with_their_own_scores(make: Any) -
         assert np.abs(found.scores[row] - own).max() < 1e-4
 
 
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 16, "intermediate_size": 64, "vocab_size": VOCABULARY, "pad_token_id": 0,
+    "bos_token_id": 2, "eos_token_id": END,
+}  # fmt: skip
+OTHERS = {
+    "absolute positions": transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=2,
+        eos_token_id=END,
+    ),
+    "sliding windows": transformers.MistralConfig(**SMALL, sliding_window=4),
+    "normed queries": transformers.Qwen3Config(**SMALL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_score_a_padded_prompt_as_one_run_whole(kind: str) -> None:
+    torch.manual_seed(0)
+    model = spread(transformers.AutoModelForCausalLM.from_config(OTHERS[kind]).eval())
+    answers, prompts = catalogue(), Prompts(model)
+    found = constrained_beams(prompts.steps(range(4), 2), Trie.of(answers), 5, [NOTHING_SEEN] * 4)
+    for row in range(4):
+        own = [prompts.log_prob(row, answers[item - 1]) for item in found.items[row]]
+        assert np.abs(found.scores[row] - own).max() < 1e-4
+
+
 @MODELS
 def test_the_free_search_counts_and_drops_what_names_no_item_and_what_was_seen(make: Any) -> None:
     answers = [[first, second, END] for first in range(3, 24) for second in range(3, 24)]
@@ -213,12 +239,57 @@ def test_the_free_search_finds_what_hugging_face_finds(make: Any) -> None:
 
 
 @MODELS
+def test_as_many_rows_of_other_prompts_go_on_from_their_own_prompts(make: Any) -> None:
+    prompts = Prompts(make())
+    steps = prompts.steps([0, 3])
+    steps.start()
+    steps.step(torch.tensor([0, 0, 1]), torch.tensor([4, 5, 6]))  # prompts 0 0 3
+    logits = steps.step(torch.tensor([1, 2, 2]), torch.tensor([7, 8, 9]))  # prompts 0 3 3
+    found = logits.log_softmax(1)[:, 10]
+    rows = [(0, [5, 7]), (3, [6, 8]), (3, [6, 9])]
+    wanted = [
+        prompts.log_prob(row, [*said, 10]) - prompts.log_prob(row, said) for row, said in rows
+    ]
+    assert np.abs(found.numpy() - wanted).max() < 1e-4
+
+
+@MODELS
 def test_a_choice_has_the_log_probability_of_its_whole_answer(make: Any) -> None:
     prompts = Prompts(make())
     choices = [[5, END], [5, 6, END], [5], [7, 7, 8, END], [5, 6, 9]]
     found = choice_log_probs(prompts.steps(range(4)), choices)
     wanted = [[prompts.log_prob(row, choice) for choice in choices] for row in range(4)]
     assert np.abs(found.numpy() - wanted).max() < 1e-4
+
+
+def test_ten_thousand_answers_are_the_items_they_are_said_to_be(figure: Any) -> None:
+    rng = np.random.default_rng(4)
+    answers = [[3 + n // 400, 3 + n // 20 % 20, 3 + n % 20, END] for n in range(5000)]
+    trie, model = Trie.of(answers), tiny_t5()
+    found = valid = 0
+    for _ in range(10):
+        ids = torch.from_numpy(rng.integers(3, VOCABULARY, size=(100, 8)))
+        mask = torch.ones_like(ids)
+        with torch.inference_mode():
+            hidden = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        seen = [rng.integers(1, 5001, size=30).astype(np.int32) for _ in range(100)]
+        lists = constrained_beams(Seq2SeqSteps(model, hidden, mask), trie, 10, seen)
+        told = torch.tensor([[answers[item - 1] for item in row] for row in lists.items.tolist()])
+        start = torch.cat([torch.zeros_like(told[..., :1]), told[..., :-1]], dim=2)
+        with torch.inference_mode():
+            logits = model(
+                encoder_outputs=(hidden.repeat_interleave(10, 0),),
+                decoder_input_ids=start.flatten(0, 1),
+            ).logits
+        wanted = logits.log_softmax(-1).gather(2, told.flatten(0, 1)[..., None]).sum((1, 2))
+        alike = np.abs(lists.scores - wanted.view(100, 10).numpy()) < 1e-4
+        for row, scored, known in zip(lists.items.tolist(), alike, seen, strict=True):
+            assert len(set(row)) == 10
+            assert not set(row) & set(known.tolist())
+            found += len(row)
+            valid += int(scored.sum())
+    figure("answers that are items, scored as their own words", f"{valid} of {found}")
+    assert valid == found == 10_000
 
 
 class Fixed:
@@ -257,6 +328,12 @@ def test_a_short_answer_found_early_keeps_its_place() -> None:
     logits = np.log([1, 40, 10, 29, 20])  # .1 x .4 = .04; .29 x .29 x .4 = .034; .0232
     found = constrained_beams(Fixed(logits), Trie.of(answers), 2, [NOTHING_SEEN])
     assert found.items.tolist() == [[1, 2]]
+
+
+def test_a_longer_answer_that_is_likelier_takes_the_place_of_a_short_one() -> None:
+    logits = np.log([1, 1, 1, 8, 1])  # .083 for the first, .667 x .667 = .44 for the second
+    found = constrained_beams(Fixed(logits), Trie.of([[2], [3, 3]]), 1, [NOTHING_SEEN])
+    assert found.items.tolist() == [[2]]
 
 
 def test_fewer_unseen_items_than_beams_leave_the_rest_empty() -> None:

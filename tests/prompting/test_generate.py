@@ -1,6 +1,7 @@
-"""Prompts in files: the same rows in both formats, whole or not at all, and one shown to a person."""
+"""Prompts in files: equal rows in both formats, whole or not at all; one shown to a person."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_a_file_that_cannot_be_finished_is_not_there(
     monkeypatch.setattr(PromptGenerator, "train", breaks_off)
     out = tmp_path / f"p{suffix}"
     assert generate.main([*SMALL, "--out", str(out)]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == [f"p{suffix}.indexing.json"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -171,11 +172,9 @@ def test_a_full_disk_is_one_sentence(
     def full(dir: Path, prefix: str) -> tuple[int, str]:
         path = dir / f"{prefix}new"
         path.symlink_to("/dev/full")
-        return (path.open("w").fileno() and 0) or 0, str(path)
+        return os.open(os.devnull, os.O_RDONLY), str(path)
 
     monkeypatch.setattr(generate.tempfile, "mkstemp", full)
-    monkeypatch.setattr(generate.os, "close", lambda _: None)
-    monkeypatch.setattr(generate, "save_indexing", lambda *_: None)
     out = tmp_path / f"p{suffix}"
     assert generate.main([*SMALL, "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -203,7 +202,7 @@ def test_one_prompt_is_shown_as_the_file_has_it(
 ) -> None:
     rows = written(tmp_path / "p.jsonl", "--part", "test", "--only", "2-7,2-13,5-2")
     capsys.readouterr()
-    for row in rows[::23]:
+    for row in rows[::45]:
         text = shown(capsys, "--template", row["template"], "--user", row["user"])
         assert f"\n{row['input']}\n--- answer\n{row['target']}\n" in text
         assert f"template {row['template']} " in text

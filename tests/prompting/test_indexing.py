@@ -121,10 +121,10 @@ def test_titles_are_refused_where_there_are_none() -> None:
 
 
 def test_co_occurrence_counts_users_once_and_recent_items_only() -> None:
-    dataset = shop([[1, 2, 2, 1, 4, 4], [3, 1, 2, 4, 4], [2, 3, 4, 4]], "abcd")
-    # of training parts 1 2 2 1 | 3 1 2 | 2 3 the last 2 count: {2, 1} {1, 2} {2, 3}
-    found = co_occurrence(dataset.interactions, leave_two(dataset), 4, history=2)
-    assert found.toarray().tolist() == [[0, 2, 0, 0], [2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    dataset = shop([[4, 2, 2, 1, 4, 4], [3, 1, 2, 4, 4], [2, 3, 4, 4]], "abcd")
+    # of training parts 4 2 2 1 | 3 1 2 | 2 3 the last 3 count: {1, 2} {1, 2, 3} {2, 3}
+    found = co_occurrence(dataset.interactions, leave_two(dataset), 4, history=3)
+    assert found.toarray().tolist() == [[0, 2, 1, 0], [2, 0, 2, 0], [1, 2, 0, 0], [0, 0, 0, 0]]
 
 
 def test_clusters_follow_planted_communities() -> None:
@@ -172,13 +172,14 @@ def test_items_without_any_history_still_get_distinct_names() -> None:
 
 
 def test_items_that_all_go_together_are_cut_evenly_and_counted() -> None:
-    hub = shop([[1, n, 1, 1] for n in range(2, 602)], ["t"] * 601)  # a star: nothing to cut along
-    found = build_indexing(IndexingConfig(name="collaborative"), hub, leave_two(hub))
-    assert len(set(found.mentions)) == 601
+    star = shop([[1, n, 1, 1] for n in range(2, 602)], ["t"] * 601)  # nothing to cut along
     clique = shop([list(range(1, 41))] * 5, ["t"] * 40)
-    config = IndexingConfig(name="collaborative", leaf=2)
-    found = build_indexing(config, clique, clique.interactions.offsets[1:])
-    assert len(set(found.mentions)) == 40
+    for dataset, leaf in ((star, 20), (clique, 2)):
+        config = IndexingConfig(name="collaborative", leaf=leaf)
+        found = build_indexing(config, dataset, dataset.interactions.offsets[1:])
+        assert len(set(found.mentions)) == dataset.item_count
+        assert found.counts["groups_cut_evenly"] >= 1
+        assert max(mention.count("<") for mention in found.mentions) <= 3
 
 
 def test_an_eigensolver_that_does_not_converge_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +189,15 @@ def test_an_eigensolver_that_does_not_converge_is_counted(monkeypatch: pytest.Mo
     found = build_indexing(IndexingConfig(name="collaborative"), dataset, leave_two(dataset))
     assert found.counts["eigensolver_stopped_early"] > 0
     assert len(set(found.mentions)) == 600
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_items_get_distinct_short_clusters() -> None:
+    dataset = communities(100_000, 100_000, 1000)
+    found = build_indexing(IndexingConfig(name="collaborative"), dataset, leave_two(dataset))
+    assert len(set(found.mentions)) == 100_000
+    assert len(found.tokens) < 300
+    assert max(mention.count("<") for mention in found.mentions) <= 8
 
 
 @pytest.mark.parametrize("option", ["seed", "clusters", "leaf", "history"])

@@ -442,3 +442,13 @@ def test_the_memory_of_a_stream_does_not_grow_with_its_length(own: Templates) ->
 
     peak(10)  # compiles the templates
     assert peak(1280) < 1.3 * peak(256)
+
+
+def test_the_candidates_of_a_question_are_those_that_it_names(own: Templates) -> None:
+    data = shop([[user + 1, user + 2, user + 3, user + 4] for user in range(25)])
+    made = generator(data, own, PromptConfig(candidates=8))
+    for part in ("valid", "test"):
+        for prompt in made.questions(of(own, "5-2"), part):  # type: ignore[arg-type]
+            named = made.candidates(of(own, "5-2"), prompt).tolist()
+            assert named[0] == prompt.item
+            assert sorted(named) == sorted(items_in(prompt.input))

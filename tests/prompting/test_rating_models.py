@@ -1,5 +1,7 @@
 """The networks that predict ratings: where they begin, what they read, what they refuse."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from llmrec.prompting.rating_language import LanguageRater
 from llmrec.prompting.rating_models import Head, RatingModelConfig, TransformerRater
 from llmrec.prompting.templates import load_prompt
 
+ROOT = Path(__file__).resolve().parents[2]
 TITLES = ["red shoe", "green boot", "blue hat", "winter coat", "summer scarf", "rain coat"]
 SMALL = {"width": 16, "heads": 1, "dropout": 0.0}
 
@@ -180,6 +183,17 @@ def test_a_classification_head_refuses_a_scale_without_steps():
 def test_options_without_a_meaning_are_refused(options, named):
     with pytest.raises(UsageError, match=named):
         RatingModelConfig(**options)
+
+
+def test_the_shipped_prompt_renders_as_its_golden():
+    prompt = load_prompt("rating/stars", "model.template")
+    told = [
+        prompt.render(rated=rated, candidate="Blue Tent", scale=("1", "5"))
+        for rated in ([("Camp Stove", "5"), ("Sleeping Bag", "3.5")], [])
+    ]
+    golden = ROOT / "tests" / "goldens" / "rating" / "stars.txt"
+    assert "\n=====\n".join(told) + "\n" == golden.read_text(encoding="utf-8")
+    assert prompt.template.id == "stars"
 
 
 def test_a_prompt_holds_the_rated_titles_oldest_first_and_the_item(tiny_models):

@@ -16,8 +16,9 @@ from llmrec.prompting.families import P5Template
 from llmrec.prompting.indexing import Indexing
 from llmrec.prompting.p5 import Example
 
-TIMES_CHANCE = 3
-"""A rule that finds so many times what chance finds reads the numbers."""
+TELLING = 0.01
+"""HR@1 of a rule on numbers from which on it competes with what is learned. Below that it may also
+be beyond chance where nothing is wrong: users who stand side by side in a file bought alike."""
 MANY_REPEATS = 0.5
 """Share of repeated prompts from which on an epoch is mostly the same again."""
 LEAKS = {
@@ -220,13 +221,15 @@ def _rule(check: str, of: str, numbers: Int64, targets: Int64) -> Finding:
     hits, cases = int((targets == numbers + 1).sum()), len(targets)
     frequency = np.bincount(targets, minlength=int(numbers.max()) + 2)
     expected = float(frequency[numbers + 1].sum() / cases)
-    tells = beyond_chance(hits, expected) and hits >= TIMES_CHANCE * expected
+    verdict: Verdict = "ok"
+    if beyond_chance(hits, expected):
+        verdict = "fault" if hits >= TELLING * cases else "note"
     what = (
         f"test items are numbered one above the {of}: HR@1 {hits / cases:.4f}, by chance "
         f"{expected / cases:.4f}"
     )
     remedy = "number the items at random, or along the training parts alone"
-    return counted(check, "fault" if tells else "ok", hits, cases, what, remedy)
+    return counted(check, verdict, hits, cases, what, remedy if verdict == "fault" else "")
 
 
 def audit(

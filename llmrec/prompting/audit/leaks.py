@@ -99,8 +99,8 @@ class Leaks:
         """What a training prompt tells: nothing (empty), a kind of leak, or why it is none.
 
         Returns:
-            "item", "name", "title" or "text" for a leak; "repeated item", "shared title" or "own words"
-            where the training part holds the same.
+            "item", "name", "title" or "text" for a leak; "repeated item", "shared title" or
+            "own words" where the training part holds the same.
         """
         held = self.held(example.user)
         text = f"{example.input}\n{example.target}"

@@ -148,7 +148,7 @@ class PromptGenerator:
 
     def can_ask(self, template: P5Template, row: int) -> bool:
         """Whether the interaction at a position has what a template asks for."""
-        return bool(_usable(template)[self._present[row]])
+        return bool(fitting((template,), int(self._present[row])))
 
     def text_of(self, template: P5Template, user: int, end: int, target: int) -> Example:
         """One question about the interaction at `target`, with what the user met before `end`.

@@ -51,10 +51,11 @@ class Shelf:
             width = wanted + wanted // 2 + 16
             drawn = self.items[rng.integers(len(self.items), size=(rows, width))]
             bad = self._taken[drawn]
-            order = np.argsort(drawn, axis=1, kind="stable")
-            ranked = np.take_along_axis(drawn, order, axis=1)
-            row, column = np.nonzero(ranked[:, 1:] == ranked[:, :-1])
-            bad[row, order[row, column + 1]] = True
+            if wanted > 1:
+                order = np.argsort(drawn, axis=1, kind="stable")
+                ranked = np.take_along_axis(drawn, order, axis=1)
+                row, column = np.nonzero(ranked[:, 1:] == ranked[:, :-1])
+                bad[row, order[row, column + 1]] = True
             first = np.argsort(bad, axis=1, kind="stable")[:, :wanted]
             found = np.take_along_axis(drawn, first, axis=1)
             for short in np.flatnonzero(width - bad.sum(axis=1) < wanted):
