@@ -8,7 +8,7 @@ import torch
 import yaml
 from small_runs import command, refusal, train
 
-from llmrec import launch, train_tcf
+from llmrec import launch, train_tcf, training
 from llmrec.encoders import store
 
 ROWS = [f"u{user},i{(user + step) % 7},{step}" for user in range(6) for step in range(6)]
@@ -140,7 +140,7 @@ def test_a_misspelt_option_in_a_file_names_the_file_and_the_nearest(tmp_path, ca
 
 
 def test_curves_without_tensorboard_name_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr(train_tcf.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     check(refusal(tmp_path / "run", run__tensorboard=True), "pip install 'llmrec[report]'")
     assert not (tmp_path / "run").exists()
 

@@ -215,8 +215,9 @@ def prepare(config: RatingConfig, accelerator: Accelerator, console: Console) ->
                 "data.rating_column, or cut otherwise (split.method)."
             )
     refuse_untrainable(config, accelerator, len(drawn(config, training)), dataset)
-    reader = reader_of(config, dataset.told_fingerprint())
-    who = identity(as_dict(config), dataset.fingerprint(), reader) | {
+    told = dataset.told_fingerprint()
+    who = {"ratings and reviews": told}  # first, so that a resumed run names them
+    who |= identity(as_dict(config), dataset.fingerprint(), reader_of(config, told)) | {
         "number format": accelerator.mixed_precision,
         "device": accelerator.device.type,
     }

@@ -220,8 +220,9 @@ def prepare(config: P5Config, accelerator: Accelerator, console: Console) -> Tas
             f"item. Use one of {', '.join(able) or 'the shipped ones'}."
         )
     place = located(config.model)
-    reader = reader_of(config, dataset.told_fingerprint())
-    who = identity(as_dict(config), dataset.fingerprint(), reader)
+    told = dataset.told_fingerprint()
+    who: dict[str, Any] = {"ratings and reviews": told}  # first, so that a resumed run names them
+    who |= identity(as_dict(config), dataset.fingerprint(), reader_of(config, told))
     who |= {
         "number format": accelerator.mixed_precision,
         "device": accelerator.device.type,

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmrec.errors import UsageError, nearest
 from llmrec.evaluation.metrics import Float64, Measure
+from llmrec.evaluation.ratings import MIDDLE
 from llmrec.evaluation.result import Result, differing
 from llmrec.evaluation.significance import bootstrap, compare, holm
 from llmrec.evaluation.slices import FAMILIES, slice_table
@@ -73,12 +74,9 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     if not results:
         raise UsageError("No finished run to compare. Name run folders that hold a result.json.")
     ratings, results = [r for r in results if r.rates], [r for r in results if not r.rates]
-    if not results:
-        raise UsageError(
-            "These runs predict ratings and rank nothing; their figures are in each run's card.md. "
-            "Name a run that ranks as well, and their table is printed with its."
-        )
     check_varies(question.varies)
+    if not results:
+        return _only_ratings(ratings, question)
     _check_comparable(results, question.varies)
     rows = _rows(results)
     baseline = question.baseline or results[0].label
@@ -93,14 +91,14 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     family = [(label, baseline) for label in rows if label != baseline]
     # A difference between rows on other candidate lists would be one between the lists.
     family = [(a, b) for a, b in family if lists[a] == lists[b] or not _lists_vary(results)]
-    differences = dict(zip(family, _compare_family(values, family, question), strict=True))
+    differences = dict(zip(family, _compare_family(values, family, question.measures), strict=True))
     for a, b in question.contrasts:
         if lists[a] != lists[b] and _lists_vary(results):
             raise UsageError(
                 f"{a} and {b} were ranked on other candidate lists ({lists[a]} and {lists[b]}), so "
                 "their difference says nothing. Leave this contrast out."
             )
-    contrasts = _compare_family(values, question.contrasts, question)
+    contrasts = _compare_family(values, question.contrasts, question.measures)
     first = results[0].record
     record: dict[str, Any] = {
         "title": question.title,
@@ -128,7 +126,7 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
         ],
     }
     if ratings:
-        record["ratings"] = _rating_rows(ratings)
+        record["ratings"] = _rating_rows(ratings, baseline)
     if question.varies:
         _add_rules(record, rows, question.varies)
     if question.slices:
@@ -145,8 +143,43 @@ def _lists_vary(results: Sequence[Result]) -> bool:
     return any("pool" in result.record["protocol"] for result in results)
 
 
-def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Runs that predict ratings; after those of the same cases the means that they must beat."""
+def _only_ratings(results: Sequence[Result], question: Question) -> dict[str, Any]:
+    """The record of runs that predict ratings and rank nothing."""
+    baseline, labels = question.baseline or results[0].label, [r.label for r in results]
+    if baseline not in labels:
+        raise UsageError(f"No run is labelled {baseline!r}: {nearest(baseline, labels)}")
+    if question.contrasts:
+        raise UsageError(
+            "contrasts are between rows that rank, and these predict ratings. Leave them "
+            "out; every row is held against the baseline."
+        )
+    first = results[0].record
+    for result in results[1:]:
+        if result.record["cases"]["fingerprint"] != first["cases"]["fingerprint"]:
+            raise UsageError(
+                f"{_called(results[0])} and {_called(result)} predict other ratings. Compare them "
+                "apart or run one of them again."
+            )
+    return {
+        "title": question.title,
+        "question": question.text,
+        "baseline": baseline,
+        "measures": [],
+        "data": first["data"],
+        "protocol": first["protocol"],
+        "cases": first["cases"],
+        "versions": sorted({_made_with(result) for result in results}),
+        "rows": [],
+        "contrasts": [],
+        "ratings": _rating_rows(results, baseline),
+    }
+
+
+def _rating_rows(results: Sequence[Result], baseline: str) -> list[dict[str, Any]]:
+    """Runs that predict ratings; after those of the same cases the means that they must beat.
+
+    Where the baseline is one of them, the others' squared errors are held against its own.
+    """
     rows = []
     several = len({result.label for result in results}) < len(results)
     by_cases: dict[str, list[Result]] = {}
@@ -154,14 +187,32 @@ def _rating_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         by_cases.setdefault(result.record["cases"]["fingerprint"], []).append(result)
     for group in by_cases.values():
         cases = group[0].record["cases"]["count"]
+        differences = _error_differences(group, baseline)
         for result in group:
             record = result.record
             label = f"{result.label}, seed {result.seed}" if several else result.label
             told = {"cases": cases, "unpredicted": record["unpredicted"], "cost": record["cost"]}
+            told |= {"difference": differences.get(result.label)}
             rows.append({"label": label, "metrics": record["metrics"]["test"], **told})
         for name, metrics in group[0].record["means"].items():
-            rows.append({"label": name, "metrics": metrics, "cases": cases, "unpredicted": 0})
+            if name not in (result.label for result in group):
+                told = {"cases": cases, "unpredicted": 0, "difference": None}
+                rows.append({"label": name, "metrics": metrics, **told})
     return rows
+
+
+def _error_differences(group: Sequence[Result], baseline: str) -> dict[str, dict[str, float]]:
+    """By label: the mean squared error less the baseline's, paired on the cases."""
+    values: dict[str, Float64] = {}
+    for label, runs in _rows(group).items():
+        columns = [(run.per_user["stars"], run.per_user["predicted"]) for run in runs]
+        errors = [told.fill_nan(MIDDLE).to_numpy() - stars.to_numpy() for stars, told in columns]
+        values[label] = np.stack([error**2 for error in errors])[:, :, None]  # (S, C, 1)
+    if baseline not in values:
+        return {}
+    pairs = [(label, baseline) for label in values if label != baseline]
+    found = _compare_family(values, pairs, ("MSE",))
+    return {a: difference["MSE"] for (a, _), difference in zip(pairs, found, strict=True)}
 
 
 def _made_with(result: Result) -> str:
@@ -249,7 +300,9 @@ def _means(values: Float64, measures: Sequence[Measure]) -> dict[str, dict[str, 
 
 
 def _compare_family(
-    values: Mapping[str, Float64], pairs: Sequence[tuple[str, str]], question: Question
+    values: Mapping[str, Float64],
+    pairs: Sequence[tuple[str, str]],
+    measures: Sequence[Measure | str],
 ) -> list[dict[str, dict[str, float]]]:
     """Paired differences of pairs of rows; p is corrected over the pairs, per measure."""
     if not pairs:
@@ -267,7 +320,7 @@ def _compare_family(
                 "p": c.p,
                 "p_holm": float(adjusted[m, pair]),
             }
-            for m, (measure, c) in enumerate(zip(question.measures, row, strict=True))
+            for m, (measure, c) in enumerate(zip(measures, row, strict=True))
         }
         for pair, row in enumerate(compared)
     ]

@@ -104,6 +104,8 @@ def grids(record: Mapping[str, Any]) -> list[Grid]:
         found.append(_beyond(record))
     if "ratings" in record:
         found.append(_ratings(record))
+    if any(row["difference"] for row in record.get("ratings", [])):
+        found.append(_rating_differences(record))
     return [*found, _cost(record)]
 
 
@@ -119,6 +121,17 @@ def _ratings(record: Mapping[str, Any]) -> Grid:
         for row in record["ratings"]
     ]
     return Grid(("ratings", *RATING_MEASURES, "cases", "no answer"), rows)
+
+
+def _rating_differences(record: Mapping[str, Any]) -> Grid:
+    """Squared errors held against those of the baseline, case by case."""
+    rows = [
+        [row["label"], *_difference_cells(row["difference"])]
+        for row in record["ratings"]
+        if row["difference"] is not None
+    ]
+    heading = f"less {record['baseline']}'s [95 %]"
+    return Grid(("mean squared error", heading, "p (Holm)"), rows)
 
 
 def _rating(value: Mapping[str, float | None]) -> str:
@@ -267,6 +280,15 @@ def _cost(record: Mapping[str, Any]) -> Grid:
     return Grid(("cost", *shown.values()), lines)
 
 
+def _ranked(record: Mapping[str, Any]) -> str:
+    """The rules of rankings, where there are any."""
+    if not record["rows"]:
+        return ""
+    protocol = record["protocol"] | dict.fromkeys(record.get("varies", []), "varies")
+    seen, ties = protocol["filter_seen"], protocol["ties"]
+    return f", {_candidates(protocol)}, filter_seen {seen}, ties {ties}"
+
+
 def _amount(name: str, value: float | None) -> str:
     if value is None:
         return "-"
@@ -287,8 +309,7 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         f"fingerprint {data['fingerprint'][:12]}.",
         _preparation(data["counts"], protocol["order"]),
         f"Protocol: {protocol['split']}, fit_on {protocol['fit_on']}, {record['cases']['count']:,} "
-        f"test cases, {_candidates(protocol)}, "
-        f"filter_seen {protocol['filter_seen']}, ties {protocol['ties']}.",
+        f"test cases{_ranked(record)}.",
         f"Differences are paired on the same users and taken to {record['baseline']}; p: sign-flip "
         f"permutation, Holm-corrected over the rows; * p < {ALPHA}. "
         "Bold: the best, where its difference to the baseline has a *.",

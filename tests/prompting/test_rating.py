@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from llmrec import checkpoints
+from llmrec.data.readers import load_dataset
 from llmrec.evaluation.result import read_result
 from llmrec.prompting.rating import configure, main, reader_of
 
@@ -118,7 +119,8 @@ def test_a_language_model_is_trained_and_scored(made, tmp_path, tiny_models, hea
     assert result.record["cost"]["training_pairs"] == 64
     assert result.record["cost"]["flops"] > 0
     config = configure(["--config", str(tmp_path / "run" / "config.yaml")])
-    assert result.record["cost"]["encoder"]["weights"] == reader_of(config)
+    told = load_dataset(config.data).told_fingerprint()
+    assert result.record["cost"]["encoder"]["weights"] == reader_of(config, told)
     predicted = result.per_user["predicted"]
     assert predicted.is_between(1, 5).all()
     assert predicted.n_unique() > 30  # one of its own for most of 60 cases
@@ -237,7 +239,7 @@ def test_an_unfinished_run_of_other_ratings_is_not_resumed(tmp_path, monkeypatch
     monkeypatch.undo()
     frame = pl.read_csv(data)
     frame.with_columns(rating=6 - pl.col("rating")).write_csv(data)
-    assert "unfinished run with ratings" in refusal(data, tmp_path / "run")
+    assert "unfinished run with ratings and reviews" in refusal(data, tmp_path / "run")
 
 
 def test_the_same_seed_gives_the_same_predictions_and_another_one_others(made, tmp_path):
@@ -279,13 +281,13 @@ def test_a_mistake_is_one_sentence_that_names_the_option(made, tmp_path, options
 
 def test_a_loss_that_is_not_finite_is_an_error(made, tmp_path):
     said = refusal(made, tmp_path / "run", optim__lr=1e30, optim__clip="off")
-    assert "loss by step 15 is not finite. Lower optim.lr=1e+30" in said
+    assert "the loss is not finite in epoch 1, by step 15. Lower optim.lr=1e+30" in said
 
 
 def test_damage_done_by_the_last_step_of_an_epoch_is_an_error_too(made, tmp_path):
     # One step an epoch: its loss is that of the untouched weights.
     said = refusal(made, tmp_path / "run", optim__lr=1e38, optim__clip="off", optim__batch_size=960)
-    assert "predictions are not finite" in said
+    assert "not finite in epoch 1, by step 1" in said
 
 
 @pytest.mark.parametrize(
