@@ -34,6 +34,7 @@ VERBS = {
         "look for test items in training prompts and for numbers that tell the answer",
     ),
     "p5 train": ("llmrec.prompting.train_p5", "train a language model on recommendation prompts"),
+    "p5 ask": ("llmrec.prompting.ask", "ask a finished P5 run by another prompt or otherwise"),
     "rating": ("llmrec.prompting.rating", "train one predictor of ratings"),
     "data prepare": ("llmrec.data.prepared", "read a data set once, for any number of runs"),
     "data audit": (

@@ -33,7 +33,7 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "assembly training",
     "questions",
     "train_tcf score prompting.generate prompting.show prompting.audit prompting.train_p5 "
-    "prompting.rating chat serving transfer",
+    "prompting.ask prompting.rating chat serving transfer",
     "reporting",
     "evaluation.suite evaluation.programs studies",  # they print the tables that reporting makes
     "cli",
