@@ -21,7 +21,7 @@ from llmrec.evaluation.card import run_card
 from llmrec.evaluation.metrics import merge
 from llmrec.evaluation.pools import PoolConfig, write_pools
 from llmrec.evaluation.ranking import rank_scores
-from llmrec.evaluation.result import Result, RunFacts, build_result, write_result
+from llmrec.evaluation.result import Result, RunFacts, build_result, read_result, write_result
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.questions import pool_cases
 from llmrec.runs import CONFIG, alone, check_vacant, open_run
@@ -73,6 +73,17 @@ def configure(argv: Sequence[str]) -> tuple[ScoreConfig, TrainConfig]:
         raise UsageError(
             f"--run {trained} is a chat run, which has candidate lists of its own. Name the folder "
             "of a trained run."
+        )
+    finished = read_result(trained)
+    if finished.rates:
+        raise UsageError(
+            f"--run {trained} predicts ratings and ranks nothing. Name the folder of a run that "
+            "ranks items."
+        )
+    if "p5" in finished.record:
+        raise UsageError(
+            f"--run {trained} was trained on prompts: it is ranked again by asking it. Use "
+            f"llmrec p5 ask --run {trained} --pool.size {config.pool.size}."
         )
     found, _ = parse(TrainConfig, ["--config", str(trained / CONFIG)], PROG, DESCRIPTION)
     pool = config.pool

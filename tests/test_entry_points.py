@@ -106,8 +106,18 @@ def test_every_verb_has_help_and_refuses_an_unknown_option(verb: str) -> None:
     assert "no-such-option" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_the_script_by_path_is_the_train_verb_without_an_installation(tmp_path: Path) -> None:
-    script = ROOT / "llmrec" / "train_tcf.py"
+@pytest.mark.parametrize(
+    ("file", "verb"),
+    [
+        ("train_tcf.py", "train"),
+        ("prompting/train_p5.py", "p5 train"),
+        ("prompting/rating.py", "rating"),
+    ],
+)
+def test_a_script_by_path_is_its_verb_without_an_installation(
+    tmp_path: Path, file: str, verb: str
+) -> None:
+    script = ROOT / "llmrec" / file
     block_installed = tmp_path / "sitecustomize.py"  # forgets an editable install's finder
     block_installed.write_text(
         "import sys\n"
@@ -116,7 +126,7 @@ def test_the_script_by_path_is_the_train_verb_without_an_installation(tmp_path: 
     )
     by_path = run(sys.executable, str(script), "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert by_path.returncode == 0, by_path.stderr
-    by_verb = run(sys.executable, "-m", "llmrec", "train", "--help")
+    by_verb = run(sys.executable, "-m", "llmrec", *verb.split(), "--help")
     assert options_of(by_path.stdout) == options_of(by_verb.stdout)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from llmrec.data.interactions import Cases, Int32, Int64, Interactions
 from llmrec.evaluation.metrics import Float64
 
+STARS = (0.5, 5.0)
+"""Lowest and highest of the scale on which `LIKED` and `MIDDLE` mean something."""
 MIDDLE = 3.0
 """Stands in for a prediction that is missing; of the scale 1..5."""
 LIKED = 4.0
@@ -29,18 +31,37 @@ class RatingInterval:
     high: float
 
 
+def in_stars(truth: Float64) -> bool:
+    """Whether all true ratings lie on the scale of half a star to five."""
+    return bool(truth.min() >= STARS[0] and truth.max() <= STARS[1])
+
+
+def middle_of(truth: Float64) -> float:
+    """What stands in for a missing prediction: 3 stars, or half-way between the ends of a scale.
+
+    Of any other scale only the true ratings of the cases are known.
+    """
+    return MIDDLE if in_stars(truth) else float(truth.min() + truth.max()) / 2
+
+
 def rating_values(truth: Float64, predicted: Float64) -> dict[str, float]:
     """RMSE and MAE in stars, and AUC: the chance that a liked item is predicted above another one.
 
-    Ties of the AUC count one half; it is NaN where all or none of the items are liked. A missing
-    prediction (NaN) counts as the middle of the scale.
+    Ties of the AUC count one half; it is NaN where all or none of the items are liked, and where
+    ratings are not stars, so that nobody says what is liked. A missing prediction (NaN) counts as
+    the middle of the scale.
     """
-    told = np.where(np.isnan(predicted), MIDDLE, predicted)
+    told = np.where(np.isnan(predicted), middle_of(truth), predicted)
+    return _values(truth, told, in_stars(truth))
+
+
+def _values(truth: Float64, told: Float64, liking: bool) -> dict[str, float]:
+    """Every measure; `liking`: whether `LIKED` tells what is liked."""
     errors = told - truth
     return {
         "RMSE": float(np.sqrt(np.mean(errors**2))),
         "MAE": float(np.mean(np.abs(errors))),
-        "AUC": area_under_curve(truth >= LIKED, told),
+        "AUC": area_under_curve(truth >= LIKED, told) if liking else float("nan"),
     }
 
 
@@ -48,20 +69,44 @@ def rating_intervals(
     truth: Float64, predicted: Float64, resamples: int = 2000, seed: int = 0
 ) -> dict[str, RatingInterval]:
     """Every measure with its interval: cases are drawn anew, with replacement."""
-    values = rating_values(truth, predicted)
-    rng = np.random.default_rng(seed)
-    draws: dict[str, list[float]] = {name: [] for name in values}
+    return seed_intervals(truth, predicted[None], resamples, seed)
+
+
+def seed_intervals(
+    truth: Float64, predicted: Float64, resamples: int = 2000, seed: int = 0
+) -> dict[str, RatingInterval]:
+    """Every measure's mean over training seeds, with an interval that covers cases and seeds.
+
+    Cases are drawn anew, the same ones for all seeds. What a mean over S seeds strays by is added
+    as for rankings (`significance.bootstrap`): S of the centred measures, drawn with replacement,
+    averaged and scaled by sqrt(S / (S - 1)). Of one seed no such noise can be seen.
+
+    Args:
+        truth: (C,).
+        predicted: (S, C), NaN where there is no prediction.
+        resamples: Bootstrap draws.
+        seed: Of the random numbers.
+    """
+    told = np.where(np.isnan(predicted), middle_of(truth), predicted)
+    rng, liking = np.random.default_rng(seed), in_stars(truth)
+    single = [_values(truth, run, liking) for run in told]
+    draws: dict[str, list[float]] = {name: [] for name in single[0]}
     for _ in range(resamples):
         rows = rng.integers(len(truth), size=len(truth))
-        for name, value in rating_values(truth[rows], predicted[rows]).items():
-            draws[name].append(value)
-    found = {}
-    for name, value in values.items():
-        known = np.array(draws[name])
+        runs = [_values(truth[rows], run[rows], liking) for run in told]
+        for name, found in draws.items():
+            found.append(float(np.mean([values[name] for values in runs])))
+    picks = rng.integers(len(told), size=(resamples, len(told)))
+    intervals = {}
+    for name, found in draws.items():
+        means = np.array([values[name] for values in single])
+        noise = (means - means.mean())[picks].mean(axis=1)
+        noise *= np.sqrt(len(told) / max(1, len(told) - 1))
+        known = np.array(found) + noise
         known = known[~np.isnan(known)]
         low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-        found[name] = RatingInterval(value, float(low), float(high))
-    return found
+        intervals[name] = RatingInterval(float(means.mean()), float(low), float(high))
+    return intervals
 
 
 def mean_baselines(
@@ -81,7 +126,8 @@ def mean_baselines(
     learned = np.arange(len(interactions.items)) < np.repeat(learned_end, interactions.lengths)
     learned &= ~np.isnan(interactions.ratings)
     ratings = interactions.ratings[learned].astype(np.float64)
-    overall = float(ratings.mean()) if len(ratings) else MIDDLE
+    asked = interactions.ratings[cases.target].astype(np.float64)
+    overall = float(ratings.mean()) if len(ratings) else middle_of(asked[~np.isnan(asked)])
     targets = interactions.items[cases.target]
     by_user = _means(interactions.users()[learned], ratings, interactions.user_count, overall)
     by_item = _means(interactions.items[learned], ratings, item_count + 1, overall)

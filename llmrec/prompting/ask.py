@@ -97,6 +97,11 @@ def run(argv: Sequence[str]) -> int:
     refitted = config.run.fit_on == "train+valid"
     learner = start_stage(task, record["cost"]["selected_epoch"] if refitted else None)
     refuse_unmeasurable(task, learner)
+    if learner.indexing.fingerprint != record["p5"]["indexing"]:
+        raise UsageError(
+            f"items are no longer named as in {trained}: this version of llmrec or of its packages "
+            "names them otherwise. Use that one, or train again."
+        )
     stage, epoch = ("refit", "refit_selected_epoch") if refitted else ("fit", "selected_epoch")
     load_weights(trained, stage, record["cost"][epoch], learner.model)
     with alone(task.folder):

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from llmrec.data.interactions import Bool, Cases, Int32, Int64, Interactions
+from llmrec.encoders.text import out_of_memory
 from llmrec.errors import UsageError
-from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import MEASURES, Float64, Ranking
 from llmrec.evaluation.pools import Pools
 from llmrec.evaluation.ratings import area_under_curve, rating_values
@@ -37,7 +37,7 @@ class DecodingConfig:
     2-13, tells how well the model follows words that it has never seen."""
     others: str = "auto"
     """Further prompts asked once after training, reported apart: ids such as 2-13,1-10; auto: of
-    every trained family each held-out one, and its nearest seen one; none."""
+    every trained family each held-out one, and the first seen one that asks for the same; none."""
     other_cases: int | Literal["all"] = 1000
     """Test cases of those further prompts, drawn from run.seed. Prompts that ask for the next item
     are asked of all cases."""
@@ -47,8 +47,8 @@ class DecodingConfig:
     """Answers that are followed at once: the length of the list that is ranked."""
     constrained: bool = True
     """true: answers are built along the catalogue's own names, seen items left out, so each is an
-    item that may be recommended; false: anything may be written, and what names no item, a seen
-    one or one again is counted and dropped."""
+    item that may be recommended; false: anything may be written, and what is no item's name, token
+    for token, or the name of one that may not be recommended is counted and dropped."""
     batch_prompts: int = 64
     """Prompts that are answered together."""
 
@@ -74,7 +74,8 @@ class Listed:
     items: Int32
     """(C, K), best first, padded with 0."""
     counts: dict[str, int]
-    """answers, and of these: invalid (no item), seen, duplicates."""
+    """answers; of these, invalid (no item) and barred (seen, or no candidate); and prompts_cut, of
+    the C those that were too long."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,19 @@ class Asker:
     autocast: Callable[[], Any]
     """Makes the context in which the model computes."""
 
-    def items(self, examples: Sequence[Example], shut: Sequence[Int32]) -> Listed:
+    def items(self, examples: Sequence[Example], shut: Callable[[int], Int32]) -> Listed:
         """Lists of items, best first.
 
         Args:
             examples: C questions.
-            shut: the items that each may not be answered with, ascending.
+            shut: the items that one of them may not be answered with, ascending.
         """
         found = np.zeros((len(examples), self.config.beams), dtype=np.int32)
-        counts: Counter[str] = Counter(answers=0, invalid=0, seen=0, duplicates=0)
+        counts: Counter[str] = Counter(answers=0, invalid=0, barred=0)
+        cut = self.model.prompts.cut_prompts
 
         def ask(questions: list[Tokenized], rows: Int64) -> None:
-            steps, closed = self.model.ask(questions), [shut[row] for row in rows]
+            steps, closed = self.model.ask(questions), [shut(row) for row in rows.tolist()]
             if self.config.constrained:
                 beams = constrained_beams(steps, self.trie, self.config.beams, closed)
             else:
@@ -109,14 +111,13 @@ class Asker:
                     closed,
                 )  # fmt: skip
             found[rows, : beams.items.shape[1]] = beams.items
-            kept = int((beams.items > 0).sum())
-            for name in ("invalid", "seen", "duplicates"):
-                counts[name] += int(getattr(beams, name).sum())
-                counts["answers"] += int(getattr(beams, name).sum())
-            counts["answers"] += kept
+            invalid, barred = int(beams.invalid.sum()), int(beams.seen.sum())
+            counts["answers"] += int((beams.items > 0).sum()) + invalid + barred
+            counts["invalid"] += invalid
+            counts["barred"] += barred
 
         self._in_batches(examples, ask)
-        return Listed(found, dict(counts))
+        return Listed(found, counts | {"prompts_cut": self.model.prompts.cut_prompts - cut})
 
     def choices(self, examples: Sequence[Example], choices: Sequence[str]) -> Float64:
         """How likely each of some answers is, given that it is one of them, (C, n)."""
@@ -151,8 +152,17 @@ class Asker:
         order = np.argsort([len(question.ids) for question in read], kind="stable")
         for first in range(0, len(order), self.config.batch_prompts):
             rows = order[first : first + self.config.batch_prompts]
-            with self.autocast():
-                ask([read[row] for row in rows.tolist()], rows)
+            try:
+                with self.autocast():
+                    ask([read[row] for row in rows.tolist()], rows)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise UsageError(
+                    f"memory ran out while {len(rows)} prompts were answered by "
+                    f"{self.config.beams} beams each. Lower decoding.batch_prompts="
+                    f"{self.config.batch_prompts}."
+                ) from error
 
 
 def other_answers(
@@ -193,7 +203,10 @@ def other_answers(
     else:
         from llmrec.evaluation.texts import text_values
 
-        values = text_values(targets, asker.texts(examples))
+        tokens, cut = asker.model.prompts, asker.model.prompts.cut_answers
+        tokens.answers(targets)
+        share = (tokens.cut_answers - cut) / len(targets)
+        values = text_values(targets, asker.texts(examples)) | {"true ones beyond the limit": share}
     return {"cases": len(examples), "measures": values}
 
 
@@ -202,12 +215,10 @@ def _among_candidates(
 ) -> dict[str, float]:
     """HR and NDCG of lists that are drawn from the candidates a prompt names."""
     everything = np.arange(1, len(asker.trie.items) + 1, dtype=np.int32)
-    shut = [
-        np.setdiff1d(everything, generator.candidates(template, example)) for example in examples
-    ]
-    listed = asker.items(examples, shut)
+    named = [generator.candidates(template, example) for example in examples]
+    listed = asker.items(examples, lambda row: np.setdiff1d(everything, named[row]))
     targets = np.array([example.item for example in examples], dtype=np.int32)
-    sizes = np.array([len(everything) - len(row) for row in shut])
+    sizes = np.array([len(candidates) for candidates in named])
     ranking = Ranking.from_lists(listed.items, targets, sizes)
     measures = [measure for measure in MEASURES if measure.cutoff]
     return {str(measure): float(measure.per_case(ranking).mean()) for measure in measures}
@@ -231,45 +242,37 @@ def answer_trie(model: LanguageModel, mentions: Sequence[str]) -> Trie:
     return Trie.of(sequences)
 
 
-def shut_items(
-    interactions: Interactions,
-    cases: Cases,
-    rows: Int64,
-    candidates: Bool,
-    pools: Pools | None,
-    evaluation: EvaluationConfig,
-) -> tuple[list[Int32], Int64]:
-    """What each case may not be answered with, and among how many it then is.
+@dataclass(frozen=True)
+class Barred:
+    """Which items a case may not be answered with; made anew when asked, as they may be many."""
 
-    Args:
-        interactions: what the cases index into.
-        cases: the questions.
-        rows: which of them.
-        candidates: what may be recommended to anybody, (N + 1,).
-        pools: each case's own candidates instead, of which none is filtered.
-        evaluation: the seen filter.
+    interactions: Interactions
+    """What the cases index into."""
+    cases: Cases
+    candidates: Bool
+    """What may be recommended to anybody, (N + 1,)."""
+    pools: Pools | None
+    """Each case's own candidates instead, of which none is filtered."""
+    filter_seen: bool | Literal["papers"]
+    """As in `EvaluationConfig`."""
 
-    Returns:
-        Ascending items, one array per row; and the number of candidates, (rows,).
-    """
-    nobody = np.flatnonzero(~candidates).astype(np.int32)
-    nobody = nobody[nobody > 0]
-    everything = np.arange(1, len(candidates), dtype=np.int32)
-    shut, sizes = [], []
-    for row in rows.tolist():
-        user, target = int(cases.user[row]), interactions.items[cases.target[row]]
-        if pools is not None:
-            found = np.setdiff1d(everything, pools.items[row])
-        else:
-            found = nobody
-            if evaluation.filter_seen is not False:
-                history = interactions.items[interactions.offsets[user] : cases.end[row]]
-                found = np.union1d(nobody, history)
-            if evaluation.filter_seen != "papers":
-                found = found[found != target]
-        shut.append(found.astype(np.int32))
-        sizes.append(len(everything) - len(found))
-    return shut, np.array(sizes, dtype=np.int64)
+    def items(self, case: int) -> Int32:
+        """Ascending."""
+        if self.pools is not None:
+            everything = np.arange(1, len(self.candidates), dtype=np.int32)
+            return np.setdiff1d(everything, self.pools.items[case])
+        barred = np.flatnonzero(~self.candidates)[1:]  # padding aside
+        if self.filter_seen is not False:
+            start = self.interactions.offsets[self.cases.user[case]]
+            barred = np.union1d(barred, self.interactions.items[start : self.cases.end[case]])
+        if self.filter_seen != "papers":
+            barred = barred[barred != self.interactions.items[self.cases.target[case]]]
+        return barred.astype(np.int32)
+
+    def sizes(self, cases: Int64) -> Int64:
+        """Among how many items some cases are then ranked."""
+        count = len(self.candidates) - 1
+        return np.array([count - len(self.items(case)) for case in cases.tolist()], dtype=np.int64)
 
 
 def list_ranking(listed: Listed, targets: Int32, sizes: Int64, top_k: int) -> Ranking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,7 +35,9 @@ from llmrec.prompting.tokens import (
     Tokenized,
     TrainingBatch,
     add_whole_tokens,
+    packed,
     question_batch,
+    training_batches,
 )
 
 SCRATCH = ("scratch:t5", "scratch:llama")
@@ -178,6 +181,7 @@ class LanguageModel(nn.Module):
         known = len(tokenizer)
         add_whole_tokens(tokenizer, whole)
         hf_config = _hf_config(config, place, tokenizer)
+        _check_positions(config, hf_config)
         self.encoder_decoder = bool(hf_config.is_encoder_decoder)
         self.model = _load(config, place, hf_config, device)
         if len(tokenizer) > self.model.get_input_embeddings().num_embeddings:
@@ -198,12 +202,18 @@ class LanguageModel(nn.Module):
             nn.init.normal_(self.words.weight, std=1.0 if config.from_scratch else 0.02)
         if config.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.start = self.prompts.pad
+        """What every answer of an encoder-decoder begins with."""
+        if self.encoder_decoder:
+            self.start = int(self.model.config.decoder_start_token_id)
         self.flops = 0
         """Operations of all training steps so far, of this process."""
         # 2 forward and 4 backward; frozen weights have no gradients of their own.
         self._flops_per_weight = 6 if config.tune == "full" else 4
         self._reading, self._writing = self._parameters_by_part()
         self.to(device)
+        self.packs = self._packs(exact=config.tune != "qlora")
+        """Whether the model keeps several prompts of a row apart; else each gets a row."""
 
     @property
     def tables(self) -> list[nn.Module]:
@@ -219,6 +229,33 @@ class LanguageModel(nn.Module):
             )
         return torch.stack([self._loss(batch) for batch in batches]).sum()
 
+    @torch.no_grad()
+    def _packs(self, exact: bool) -> bool:
+        """Try it: models that count places from the row's beginning cannot, nor running states."""
+        self.eval()
+        questions = self.prompts.prompts(["a b c d e f", "g h a", "b c d e"])
+        targets = self.prompts.answers(["yes", "no", "yes"])
+        device = self.model.device
+        alone = self._loss(packed(self.prompts, questions, targets, capacity=0).to(device))
+        row = packed(self.prompts, questions, targets, capacity=10_000).to(device)
+        together = self._loss(row)
+        # Weights in 4 bits are multiplied in coarser numbers on a GPU.
+        packs = bool((together - alone).abs() <= (1e-4 if exact else 1e-2) * alone.abs())
+        if not self.encoder_decoder:
+            # What the later prompts lose must not depend at all on what the first one says.
+            first = row.segments == 1
+            later = replace(row, labels=row.labels.masked_fill(first, IGNORED))
+            others = (row.ids + 1) % self.model.get_input_embeddings().num_embeddings
+            changed = replace(later, ids=torch.where(first, others, row.ids))
+            losses = [self._loss(batch) for batch in (later, changed)]
+            packs = packs and bool((losses[0] - losses[1]).abs() <= 1e-6 * losses[0].abs())
+        self.train()
+        return packs
+
+    def batches(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[TrainingBatch, ...]:
+        """Prompts and their answers as this model is trained on them."""
+        return training_batches(self.prompts, prompts, answers, self.packs)
+
     def _loss(self, batch: TrainingBatch) -> Tensor:
         logits = (self._seq2seq if self.encoder_decoder else self._causal)(batch)  # (A, V)
         labels = batch.labels if self.encoder_decoder else batch.labels[:, 1:]
@@ -231,7 +268,7 @@ class LanguageModel(nn.Module):
         real = answers > 0
         labels = batch.labels.masked_fill(~real, self.prompts.pad)
         # Each answer begins with the start token, also in the middle of a row.
-        start = int(self.model.config.decoder_start_token_id)
+        start = self.start
         before = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
         opens = torch.ones_like(real)
         opens[:, 1:] = answers[:, 1:] != answers[:, :-1]
@@ -292,14 +329,16 @@ class LanguageModel(nn.Module):
         device = self.model.device
         inputs = question_batch(questions, self.prompts.pad, left=not self.encoder_decoder)
         ids, words, mask = (tensor.to(device) for tensor in inputs)
-        options = {
-            "attention_mask": mask,
-            "max_new_tokens": self.prompts.max_target_tokens,
-            "do_sample": False,
-            "num_beams": 1,
-            "eos_token_id": self.prompts.end,
-            "pad_token_id": self.prompts.pad,
-        }
+        # One of our own: a model's folder may ask for sampling, penalties or forced tokens.
+        plain = GenerationConfig(
+            max_new_tokens=self.prompts.max_target_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.prompts.end,
+            pad_token_id=self.prompts.pad,
+            decoder_start_token_id=self.start,
+        )
+        options = {"attention_mask": mask, "generation_config": plain}
         if self.encoder_decoder:
             from transformers.modeling_outputs import BaseModelOutput
 
@@ -344,6 +383,21 @@ def _mask(queries: Tensor, keys: Tensor, dtype: torch.dtype, also: Tensor | None
         seen = seen & also
     seen = seen | ~seen.any(dim=2, keepdim=True)  # padding without padding to look at
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _check_positions(config: LanguageModelConfig, hf_config: PreTrainedConfig) -> None:
+    """Refuse prompts that are longer than the places a model knows, where it counts them."""
+    known = hf_config.to_dict() | {n: getattr(hf_config, n) for n in hf_config.attribute_map}
+    places = known.get("max_position_embeddings")
+    needed = config.max_input_tokens
+    if not hf_config.is_encoder_decoder:
+        needed += config.max_target_tokens
+    if isinstance(places, int) and needed > places:
+        raise UsageError(
+            f"{OPTION}={config.name} knows {places} places, and model.max_input_tokens="
+            f"{config.max_input_tokens} with model.max_target_tokens={config.max_target_tokens} "
+            f"needs {needed}. Lower them."
+        )
 
 
 def _hf_config(

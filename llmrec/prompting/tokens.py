@@ -104,7 +104,39 @@ class PromptTokenizer:
         """Answers so far that were longer than allowed."""
 
     def prompts(self, texts: Sequence[str]) -> list[Tokenized]:
-        """Read prompts; one that is too long loses its beginning, which holds the oldest items."""
+        """Read prompts; one that is too long loses its first words, the oldest items among them.
+
+        Raises:
+            UsageError: Not even its last word fits.
+        """
+        found = self._read(texts)
+        for row, prompt in enumerate(found):
+            if len(prompt.ids) > self.max_input_tokens:
+                self.cut_prompts += 1
+                found[row] = self._shortened(texts[row])
+        return found
+
+    def _shortened(self, text: str) -> Tokenized:
+        """What is left of a prompt when as few of its first words go as need be."""
+        words = text.split(" ")
+        low, high = 1, len(words) - 1  # words to drop: too few, and enough if that is possible
+        while low < high:
+            middle = (low + high) // 2
+            (read,) = self._read([" ".join(words[middle:])])
+            if len(read.ids) <= self.max_input_tokens:
+                high = middle
+            else:
+                low = middle + 1
+        (read,) = self._read([" ".join(words[high:])])
+        if len(read.ids) > self.max_input_tokens:
+            raise UsageError(
+                f"model.max_input_tokens={self.max_input_tokens} does not hold a prompt's last "
+                f"word, which takes {len(read.ids)} with what stands around it. Raise it."
+            )
+        return read
+
+    def _read(self, texts: Sequence[str]) -> list[Tokenized]:
+        """Prompts of any length as tokens."""
         found = []
         written = [self._written(text) for text in texts]
         batch = self.tokenizer(
@@ -115,10 +147,7 @@ class PromptTokenizer:
             words = np.zeros(len(pieces), np.int32)
             if self.encoder_decoder:
                 pieces, words = [*pieces, self.end], np.append(word_numbers(text, offsets), 0)
-            if len(pieces) > self.max_input_tokens:
-                self.cut_prompts += 1
-            ids = np.array(pieces[-self.max_input_tokens :], np.int32)
-            found.append(Tokenized(ids, words[-self.max_input_tokens :].astype(np.int32)))
+            found.append(Tokenized(np.array(pieces, np.int32), words.astype(np.int32)))
         return found
 
     def _written(self, text: str) -> str:
@@ -210,8 +239,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put pieces into as few rows as first-fit, longest first, finds; row -> its pieces.
 
     Args:
-        lengths: of the pieces, each at most `capacity`.
-        capacity: of a row.
+        lengths: of the pieces.
+        capacity: of a row; a piece that is longer gets a row of its own.
     """
     rows: list[list[int]] = []
     free: list[int] = []
@@ -227,12 +256,18 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def training_batches(
-    tokens: PromptTokenizer, prompts: Sequence[str], answers: Sequence[str]
+    tokens: PromptTokenizer, prompts: Sequence[str], answers: Sequence[str], packs: bool = True
 ) -> tuple[TrainingBatch, ...]:
     """Prompts and their answers, packed; each batch has prompts of similar length.
 
     Attention costs a row's tokens times its length, so a short prompt would pay dearly in the row
     of a long one: in a batch none is longer than `SIMILAR` times another.
+
+    Args:
+        tokens: reads both.
+        prompts: texts.
+        answers: as many.
+        packs: whether a row may hold several prompts, as the model can tell them apart.
     """
     questions, targets = tokens.prompts(prompts), tokens.answers(answers)
     order = sorted(range(len(questions)), key=lambda row: (-len(questions[row].ids), row))
@@ -242,18 +277,34 @@ def training_batches(
             groups.append([])
         groups[-1].append(row)
     return tuple(
-        _packed(tokens, [questions[row] for row in group], [targets[row] for row in group])
+        packed(
+            tokens,
+            [questions[row] for row in group],
+            [targets[row] for row in group],
+            None if packs else 0,
+        )
         for group in groups
     )
 
 
-def _packed(
-    tokens: PromptTokenizer, questions: Sequence[Tokenized], targets: Sequence[list[int]]
+def packed(
+    tokens: PromptTokenizer,
+    questions: Sequence[Tokenized],
+    targets: Sequence[list[int]],
+    capacity: int | None = None,
 ) -> TrainingBatch:
-    """One batch; its rows are as long as its longest prompt (decoder-only: and answer)."""
+    """Prompts and answers as one batch.
+
+    Args:
+        tokens: read them.
+        questions: prompts.
+        targets: as many answers.
+        capacity: tokens that a row may be filled up to; None: as many as the longest prompt has
+            (decoder-only: with its answer); fewer than that: one prompt a row.
+    """
     if tokens.encoder_decoder:
         lengths = [len(question.ids) for question in questions]
-        rows = pack(lengths, max(lengths))
+        rows = pack(lengths, max(lengths) if capacity is None else capacity)
         return TrainingBatch(
             _filled(rows, lambda piece: questions[piece].ids, tokens.pad),
             _filled(rows, lambda piece: questions[piece].words, 0),
@@ -265,7 +316,7 @@ def _packed(
     # Nothing is foretold before the answer: what stands in a prompt is given.
     wanted = [[IGNORED] * len(q.ids) + target for q, target in zip(questions, targets, strict=True)]
     lengths = [len(ids) for ids in whole]
-    rows = pack(lengths, max(lengths))
+    rows = pack(lengths, max(lengths) if capacity is None else capacity)
     segments = _segments(rows, lengths)
     return TrainingBatch(
         _filled(rows, lambda piece: whole[piece], tokens.pad),

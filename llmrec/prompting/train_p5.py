@@ -22,7 +22,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ from llmrec.encoders.text import out_of_memory
 from llmrec.errors import UsageError, exit_code
 from llmrec.evaluation.card import run_card
 from llmrec.evaluation.config import EvaluationConfig
-from llmrec.evaluation.metrics import Measure, Ranking, merge
+from llmrec.evaluation.metrics import MEASURES, Measure, Ranking, measure_matrix, merge
 from llmrec.evaluation.pools import Pools, write_pools
 from llmrec.evaluation.result import (
     build_result,
@@ -50,19 +50,20 @@ from llmrec.evaluation.result import (
     metrics_of,
     write_result,
 )
+from llmrec.evaluation.significance import compare
 from llmrec.launch import sharded, start
 from llmrec.models.optim import OptimConfig, build_optimizer, set_rate
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import progress_bar
 from llmrec.prompting.asking import (
     Asker,
+    Barred,
     DecodingConfig,
     answer_trie,
     list_ranking,
     other_answers,
     other_templates,
     sample,
-    shut_items,
 )
 from llmrec.prompting.families import P5Template, load_family_templates
 from llmrec.prompting.indexing import Indexing, IndexingConfig, build_indexing, save_indexing
@@ -73,7 +74,7 @@ from llmrec.prompting.language_model import (
     located,
 )
 from llmrec.prompting.p5 import Example, PromptConfig, PromptGenerator
-from llmrec.prompting.tokens import train_tokenizer, training_batches
+from llmrec.prompting.tokens import train_tokenizer
 from llmrec.prompting.trie import Trie
 from llmrec.questions import pool_cases
 from llmrec.runs import RunOptions, alone, check_vacant, write_atomically
@@ -114,6 +115,19 @@ class P5Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing to lists of answers."""
+        if self.evaluation.block_megabytes != EvaluationConfig().block_megabytes:
+            raise UsageError(
+                "evaluation.block_megabytes means nothing to answers in words. Leave it out; "
+                "decoding.batch_prompts bounds memory."
+            )
+        if self.run.select.strip().upper() == "AUC":
+            raise UsageError(
+                "run.select=AUC reads a full ranking, and a model that is asked lists "
+                f"{self.decoding.beams} items. Use a measure with a cut-off, such as NDCG@10."
+            )
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,8 @@ def run(argv: Sequence[str]) -> int:
         if accelerator.is_main_process:
             write_names(task, first)
         learner, cost = train(task, first)
+        if accelerator.is_main_process and learner is not first:  # names follow what is learned
+            write_names(task, learner)
         tested = ask_test(task, learner)
         if accelerator.is_main_process:
             finish(task, learner, cost, tested)
@@ -432,7 +448,7 @@ def train_step(task: Task, learner: Learner, batch: list[Example]) -> float:
     for number, piece in enumerate(pieces, start=1):
         part = [mine[row] for row in piece]
         texts, answers = [e.input for e in part], [e.target for e in part]
-        packed = training_batches(prompts, texts, answers)
+        packed = learner.model.batches(texts, answers)
         moved = tuple(batch.to(accelerator.device) for batch in packed)
         waiting = number < len(pieces)
         with accelerator.no_sync(learner.wrapped) if waiting else contextlib.nullcontext():
@@ -482,12 +498,16 @@ def ask_items(
     ]
     rows = chosen[own]
     candidates = task.split.test_candidates if test else task.split.valid_candidates
-    shut, sizes = shut_items(
-        task.dataset.interactions, cases, rows, candidates, task.pools if test else None,
-        task.config.evaluation,
-    )  # fmt: skip
-    listed = asker_of(task, learner).items(examples, shut)
+    barred = Barred(
+        task.dataset.interactions,
+        cases,
+        candidates,
+        task.pools if test else None,
+        task.config.evaluation.filter_seen,
+    )
+    listed = asker_of(task, learner).items(examples, lambda row: barred.items(int(rows[row])))
     targets = task.dataset.interactions.items[cases.target[rows]]
+    sizes = barred.sizes(rows)
     ranking = list_ranking(listed, targets, sizes, task.config.evaluation.top_k)
     gathered = gather_object([(own, ranking, listed.counts)])
     merged = merge([(index, part) for index, part, _ in gathered], len(chosen))
@@ -523,20 +543,29 @@ def ask_test(task: Task, learner: Learner) -> Tested:
             listed, useless = ranking, answers
             if template.id != main_one.id:
                 listed, useless = ask_items(task, learner, template, "test")
-            values = metrics_of(listed)
+            values = {name: value for name, value in metrics_of(listed).items() if name != "AUC"}
             found[template.id] = about | {"cases": len(listed), "measures": values} | useless
+            if listed is not ranking:
+                found[template.id]["less the ranked prompt"] = differences(listed, ranking)
         elif task.accelerator.is_main_process:
             asker, seed = asker_of(task, learner), task.config.run.seed
             found[template.id] = about | other_answers(asker, learner.generator, template, seed)
     return Tested(ranking, answers, found, seconds)
 
 
+def differences(listed: Ranking, ranked: Ranking) -> dict[str, Any]:
+    """What one prompt's answers are worth more than another's, paired on the cases."""
+    measures = [Measure.parse(name) for name in ("HR@10", "NDCG@10")]
+    ours, theirs = (measure_matrix(ranking, measures)[None] for ranking in (listed, ranked))
+    compared = compare(ours, theirs)
+    return {str(m): asdict(found) for m, found in zip(measures, compared, strict=True)}
+
+
 def finish(task: Task, learner: Learner, cost: dict[str, Any], tested: Tested) -> None:
     """Write per-user values and the result, and say the main figures."""
-    config, tokens = task.config, learner.model.prompts
+    config = task.config
     cost |= {
         "answer_seconds": tested.seconds,
-        "prompts_cut": tokens.cut_prompts,
         "encoder": about_model(task),
     }
     facts = run_facts(config, task.accelerator, cost, config.evaluation.filter_seen)
@@ -546,6 +575,7 @@ def finish(task: Task, learner: Learner, cost: dict[str, Any], tested: Tested) -
         task.dataset,
         task.split,
         {"test": tested.ranking},
+        [measure for measure in MEASURES if measure.cutoff],  # lists have no AUC
         learned_end=learned,
         pools=task.pools,
     )
@@ -556,6 +586,7 @@ def finish(task: Task, learner: Learner, cost: dict[str, Any], tested: Tested) -
         "families": {kind.name: kind.family for kind in learner.generator.kinds},
         "left_out": learner.generator.left_out,
         "indexing": learner.indexing.fingerprint,
+        "packs": learner.model.packs,
         "templates": {template.id: template.sha256 for template in task.templates},
     }
     record = write_result(task.folder, result, run_card)

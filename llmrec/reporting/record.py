@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from llmrec.errors import UsageError, nearest
 from llmrec.evaluation.metrics import Float64, Measure
-from llmrec.evaluation.ratings import MIDDLE
+from llmrec.evaluation.ratings import middle_of, seed_intervals
 from llmrec.evaluation.result import Result, differing
 from llmrec.evaluation.significance import bootstrap, compare, holm
 from llmrec.evaluation.slices import FAMILIES, slice_table
@@ -27,7 +27,9 @@ _SAME = {
     "filter_seen": "filter_seen",
     "fit_on": "fit_on",
 }
-"""What all runs of a table must share."""
+"""What all runs of a table must share; of rankings all, of predicted ratings what they have."""
+_DATA = ("split", "interactions", "fit_on")
+"""Of these, what predicted ratings must share with rankings that they stand beside."""
 VARIABLE = [rule for rule in _SAME if rule != "cases"]
 """Rules that rows may differ in on purpose. The test users never: tests are paired on them."""
 _ONE_ROW = {"run.seed", "run.label"}
@@ -78,6 +80,7 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     if not results:
         return _only_ratings(ratings, question)
     _check_comparable(results, question.varies)
+    _check_beside(results, ratings, question.varies)
     rows = _rows(results)
     baseline = question.baseline or results[0].label
     for label in (baseline, *(label for pair in question.contrasts for label in pair)):
@@ -128,7 +131,7 @@ def build_table(results: Sequence[Result], question: Question) -> dict[str, Any]
     if ratings:
         record["ratings"] = _rating_rows(ratings, baseline)
     if question.varies:
-        _add_rules(record, rows, question.varies)
+        _add_rules(record, [*results, *ratings], question.varies)
     if question.slices:
         _add_slices(record, rows, values, question.measures)
     if question.beyond_accuracy:
@@ -148,19 +151,22 @@ def _only_ratings(results: Sequence[Result], question: Question) -> dict[str, An
     baseline, labels = question.baseline or results[0].label, [r.label for r in results]
     if baseline not in labels:
         raise UsageError(f"No run is labelled {baseline!r}: {nearest(baseline, labels)}")
-    if question.contrasts:
-        raise UsageError(
-            "contrasts are between rows that rank, and these predict ratings. Leave them "
-            "out; every row is held against the baseline."
-        )
-    first = results[0].record
-    for result in results[1:]:
-        if result.record["cases"]["fingerprint"] != first["cases"]["fingerprint"]:
+    of_rankings = {
+        "contrasts": question.contrasts,
+        "measures": tuple(map(str, question.measures)) != DEFAULT_MEASURES,
+        "slices": question.slices,
+        "beyond_accuracy": question.beyond_accuracy,
+        "expected": question.published,
+    }
+    for option, asked in of_rankings.items():
+        if asked:
             raise UsageError(
-                f"{_called(results[0])} and {_called(result)} predict other ratings. Compare them "
-                "apart or run one of them again."
+                f"{option} is about rows that rank, and these predict ratings. Leave it out; every "
+                "row shows RMSE, MAE and AUC and is held against the baseline."
             )
-    return {
+    _check_comparable(results, question.varies)
+    first = results[0].record
+    record = {
         "title": question.title,
         "question": question.text,
         "baseline": baseline,
@@ -173,6 +179,9 @@ def _only_ratings(results: Sequence[Result], question: Question) -> dict[str, An
         "contrasts": [],
         "ratings": _rating_rows(results, baseline),
     }
+    if question.varies:
+        _add_rules(record, results, question.varies)
+    return record
 
 
 def _rating_rows(results: Sequence[Result], baseline: str) -> list[dict[str, Any]]:
@@ -180,34 +189,69 @@ def _rating_rows(results: Sequence[Result], baseline: str) -> list[dict[str, Any
 
     Where the baseline is one of them, the others' squared errors are held against its own.
     """
-    rows = []
-    several = len({result.label for result in results}) < len(results)
+    lines: list[dict[str, Any]] = []
     by_cases: dict[str, list[Result]] = {}
     for result in results:
         by_cases.setdefault(result.record["cases"]["fingerprint"], []).append(result)
     for group in by_cases.values():
-        cases = group[0].record["cases"]["count"]
-        differences = _error_differences(group, baseline)
-        for result in group:
-            record = result.record
-            label = f"{result.label}, seed {result.seed}" if several else result.label
-            told = {"cases": cases, "unpredicted": record["unpredicted"], "cost": record["cost"]}
-            told |= {"difference": differences.get(result.label)}
-            rows.append({"label": label, "metrics": record["metrics"]["test"], **told})
-        for name, metrics in group[0].record["means"].items():
-            if name not in (result.label for result in group):
-                told = {"cases": cases, "unpredicted": 0, "difference": None}
-                rows.append({"label": name, "metrics": metrics, **told})
-    return rows
+        _check_same_ratings(group)
+        rows, first = _rows(group), group[0].record
+        differences = _error_differences(rows, baseline)
+        for label, runs in rows.items():
+            lines.append(_rating_row(label, runs) | {"difference": differences.get(label)})
+        for name, metrics in first["means"].items():
+            if name not in rows:
+                told = {"label": name, "seeds": [], "metrics": metrics, "unpredicted": 0}
+                lines.append(told | {"cases": first["cases"]["count"], "difference": None})
+    return lines
 
 
-def _error_differences(group: Sequence[Result], baseline: str) -> dict[str, dict[str, float]]:
+def _rating_row(label: str, runs: Sequence[Result]) -> dict[str, Any]:
+    """A row's measures: means over its seeds, with intervals that cover them."""
+    metrics = runs[0].record["metrics"]["test"]
+    if len(runs) > 1:
+        truth, predicted = _stars(runs)
+        metrics = {
+            name: {k: None if np.isnan(v) else v for k, v in asdict(interval).items()}
+            for name, interval in seed_intervals(truth, predicted).items()
+        }
+    return {
+        "label": label,
+        "seeds": [run.seed for run in runs],
+        "folders": [str(run.folder) for run in runs],
+        "metrics": metrics,
+        "cases": runs[0].record["cases"]["count"],
+        "unpredicted": float(np.mean([run.record["unpredicted"] for run in runs])),
+        "cost": _mean_cost([run.record["cost"] for run in runs]),
+    }
+
+
+def _stars(runs: Sequence[Result]) -> tuple[Float64, Float64]:
+    """The truth, (C,), and what each run predicted, (S, C); NaN where it predicted nothing."""
+    predicted = np.stack([run.per_user["predicted"].to_numpy() for run in runs])
+    return runs[0].per_user["stars"].to_numpy(), predicted
+
+
+def _check_same_ratings(group: Sequence[Result]) -> None:
+    """Refuse runs on the same cases whose data hold other ratings of them."""
+    truth = group[0].per_user["stars"]
+    for result in group:
+        if not result.per_user["stars"].equals(truth):
+            raise UsageError(
+                f"{_called(group[0])} and {_called(result)} predict other ratings of the same "
+                "cases. Compare them apart or run one of them again."
+            )
+
+
+def _error_differences(
+    rows: Mapping[str, Sequence[Result]], baseline: str
+) -> dict[str, dict[str, float]]:
     """By label: the mean squared error less the baseline's, paired on the cases."""
     values: dict[str, Float64] = {}
-    for label, runs in _rows(group).items():
-        columns = [(run.per_user["stars"], run.per_user["predicted"]) for run in runs]
-        errors = [told.fill_nan(MIDDLE).to_numpy() - stars.to_numpy() for stars, told in columns]
-        values[label] = np.stack([error**2 for error in errors])[:, :, None]  # (S, C, 1)
+    for label, runs in rows.items():
+        truth, predicted = _stars(runs)
+        told = np.where(np.isnan(predicted), middle_of(truth), predicted)
+        values[label] = ((told - truth) ** 2)[:, :, None]  # (S, C, 1)
     if baseline not in values:
         return {}
     pairs = [(label, baseline) for label in values if label != baseline]
@@ -240,7 +284,29 @@ def _settings(result: Result) -> dict[str, Any]:
     return {**record["protocol"], **settings}
 
 
-def _check_comparable(results: Sequence[Result], varies: Sequence[str]) -> None:
+def _check_beside(
+    ranked: Sequence[Result], ratings: Sequence[Result], varies: Sequence[str]
+) -> None:
+    """Refuse predicted ratings of other data, or of other rules, than the rankings beside them."""
+    known = {result.record["data"]["fingerprint"] for result in ranked}
+    for result in ratings:
+        if result.record["data"]["fingerprint"] not in known:
+            told = [f"{_called(r)} ({_data_of(r)})" for r in (ranked[0], result)]
+            raise UsageError(
+                f"{' and '.join(told)} are of other data, which never share a table. Compare them "
+                "apart, or run one of them again."
+            )
+    _check_comparable([ranked[0], *ratings], varies, _DATA)
+
+
+def _data_of(result: Result) -> str:
+    data = result.record["data"]
+    return f"{data['name']}, fingerprint {data['fingerprint'][:12]}"
+
+
+def _check_comparable(
+    results: Sequence[Result], varies: Sequence[str], rules: Iterable[str] = tuple(_SAME)
+) -> None:
     """Refuse runs whose numbers answer different questions."""
     first = _settings(results[0])
     # Another text of the same data is a fair comparison; so are fewer of its interactions, if asked
@@ -248,11 +314,11 @@ def _check_comparable(results: Sequence[Result], varies: Sequence[str]) -> None:
     by_template: dict[tuple[str, int], Result] = {}
     for result in results:
         other = _settings(result)
-        for key, what in _SAME.items():
+        for key in rules:
             if key not in varies and first.get(key) != other.get(key):
                 values = "" if key == "cases" else f" ({first.get(key)} and {other.get(key)})"
                 raise UsageError(
-                    f"{_called(results[0])} and {_called(result)} differ in {what}{values}, which "
+                    f"{_called(results[0])} and {_called(result)} differ in {_SAME[key]}{values}, which "
                     "is never mixed within one table unasked. Compare them apart, run one of them "
                     f"again{', or name it in varies' if key in VARIABLE else ''}."
                 )
@@ -332,15 +398,19 @@ def _mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean([cost[name] for cost in costs])) for name in shared}
 
 
-def _add_rules(
-    record: dict[str, Any], rows: Mapping[str, Sequence[Result]], varies: Sequence[str]
-) -> None:
-    """Which of the rules do differ, and each row's values of them."""
-    settings = {label: _settings(group[0]) for label, group in rows.items()}
-    differ = [rule for rule in varies if len({str(s[rule]) for s in settings.values()}) > 1]
-    record["varies"] = differ
-    for row in record["rows"]:
-        row["protocol"] = {rule: settings[row["label"]][rule] for rule in differ}
+def _add_rules(record: dict[str, Any], results: Sequence[Result], varies: Sequence[str]) -> None:
+    """Which of the rules do differ, and each row's values of them; None where it has no such."""
+    settings = {(result.rates, result.label): _settings(result) for result in results}
+    ranked = [(row, settings[False, row["label"]]) for row in record["rows"]]
+    ratings = [row for row in record.get("ratings", []) if row["seeds"]]
+    rated = [(row, settings[True, row["label"]]) for row in ratings]
+    record["varies"] = [
+        rule
+        for rule in varies
+        if any(len({str(told.get(rule)) for _, told in kind}) > 1 for kind in (ranked, rated))
+    ]
+    for row, told in [*ranked, *rated]:
+        row["protocol"] = {rule: told.get(rule) for rule in record["varies"]}
 
 
 def _add_slices(

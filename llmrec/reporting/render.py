@@ -111,16 +111,25 @@ def grids(record: Mapping[str, Any]) -> list[Grid]:
 
 def _ratings(record: Mapping[str, Any]) -> Grid:
     """Predicted ratings, in stars; AUC of 4 stars and more against fewer."""
+    unanswered = any(row["unpredicted"] for row in record["ratings"])  # else an empty column
     rows = [
         [
             row["label"],
+            _seeds(row),
             *(_rating(row["metrics"][name]) for name in RATING_MEASURES),
             f"{row['cases']:,}",
-            f"{row['unpredicted']:,}",
+            *([f"{row['unpredicted']:,g}"] if unanswered else []),
         ]
         for row in record["ratings"]
     ]
-    return Grid(("ratings", *RATING_MEASURES, "cases", "no answer"), rows)
+    last = ("cases", "no answer") if unanswered else ("cases",)
+    return Grid(("ratings", "seeds", *RATING_MEASURES, *last), rows)
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    """How often a row was trained; a mean that every result holds is no run."""
+    count = len(row["seeds"])
+    return {0: "-", 1: "one seed"}.get(count, f"{count} seeds")
 
 
 def _rating_differences(record: Mapping[str, Any]) -> Grid:
@@ -141,7 +150,13 @@ def _rating(value: Mapping[str, float | None]) -> str:
 
 
 def _rules(record: Mapping[str, Any]) -> Grid:
-    rows = [[row["label"], *map(str, row["protocol"].values())] for row in record["rows"]]
+    told = [row for row in (*record["rows"], *record.get("ratings", [])) if row.get("protocol")]
+    rows = [
+        [row["label"], *("-" if value is None else str(value) for value in values)]
+        for row in told
+        for values in [list(row["protocol"].values())]
+        if any(value is not None for value in values)
+    ]
     return Grid(("protocol", *record["varies"]), rows)
 
 
@@ -170,10 +185,9 @@ def _quality(record: Mapping[str, Any], measure: str) -> Grid:
     for place, row in enumerate(record["rows"]):
         value = row["metrics"][measure]
         difference = row["difference"] and row["difference"][measure]
-        seeds = "one seed" if len(row["seeds"]) == 1 else f"{len(row['seeds'])} seeds"
         mean = f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
         without = "baseline" if row["label"] == record["baseline"] else "other lists"
-        lines.append([row["label"], seeds, mean, *_difference_cells(difference, without)])
+        lines.append([row["label"], _seeds(row), mean, *_difference_cells(difference, without)])
         if value["mean"] == best and _significant(difference):
             bold |= {(place, 0), (place, 2)}
     headings = (measure, "seeds", "mean [95 %]", "difference [95 %]", "p (Holm)")
@@ -268,14 +282,13 @@ def _beyond_cell(value: Mapping[str, float | None] | None, factor: int, form: st
 
 
 def _cost(record: Mapping[str, Any]) -> Grid:
-    rows = record["rows"]
+    rows = [*record["rows"], *(row for row in record.get("ratings", []) if row["seeds"])]
     # Only tuned rows cache, only chat rows ask, some for money; else the column would be empty.
     shown = {
         name: title
         for name, title in COST_COLUMNS.items()
         if name not in FEW_ROWS or any(row["cost"].get(name) for row in rows)
     }
-    rows = [*rows, *(row for row in record.get("ratings", []) if "cost" in row)]
     lines = [[row["label"], *(_amount(n, row["cost"].get(n)) for n in shown)] for row in rows]
     return Grid(("cost", *shown.values()), lines)
 
@@ -329,11 +342,17 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         )
         if "candidates" in varies and "pool" in record["protocol"]:
             notes[-1] += " Rows on other candidate lists are not compared."
-    if any(len(row["seeds"]) == 1 for row in record["rows"]):
+    seeds = [len(row["seeds"]) for row in (*record["rows"], *record.get("ratings", []))]
+    if 1 in seeds:
         notes.append("One seed: the interval covers users only, not training the row anew.")
-    if any(len(row["seeds"]) > 1 for row in record["rows"]):
+    if any(count > 1 for count in seeds):
         notes.append(
             "Several seeds: intervals and p cover users and seeds; costs are means per run."
+        )
+    if any(row["metrics"]["AUC"]["mean"] is None for row in record.get("ratings", [])):
+        notes.append(
+            "No AUC: all or none of the items are liked (4 stars and more), or the ratings are not "
+            "of .5 to 5 stars."
         )
     if "published" in record:
         notes += _published_notes(record["published"])

@@ -3,7 +3,17 @@
 import pytest
 import tiny_models
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BloomConfig,
+    GenerationConfig,
+    GPT2Config,
+    MambaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 
 from llmrec.encoders.tuning import LoraOptions
 from llmrec.errors import UsageError
@@ -39,7 +49,7 @@ def pretrained(folder, name):
     """A tiny model with its language-model head, as save_pretrained leaves it."""
     torch.manual_seed(0)
     config = tiny_models.ARCHITECTURES["t5"] if name == "t5" else MODELS[name]
-    family = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    family = AutoModelForSeq2SeqLM if name in ("t5", "bart") else AutoModelForCausalLM
     family.from_config(config).save_pretrained(folder)
     words = "item_0 item_1 item_2 item_3 yes no".split()
     tiny_models.tokenizer([*tiny_models.WORDS, *words]).save_pretrained(folder)
@@ -56,16 +66,34 @@ MODELS = {
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, intermediate_size=64, **SIZES,
     ),
-    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=2, n_inner=64, **SIZES),
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=2, n_inner=64, n_positions=200, **SIZES),
+    "bart": BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0,
+        max_position_embeddings=200, decoder_start_token_id=3, forced_eos_token_id=None, **SIZES,
+    ),
+    "opt": OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, pad_token_id=0,
+        word_embed_proj_dim=32, max_position_embeddings=200, **SIZES,
+    ),
+    "bloom": BloomConfig(hidden_size=32, n_layer=2, n_head=2, **SIZES),
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **SIZES),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["scratch:t5", "scratch:llama", "t5", "llama", "qwen3", "gpt2"])
-def test_packed_prompts_lose_as_much_as_each_alone(name, tmp_path):
-    config = SCRATCH.get(name) or LanguageModelConfig(name=str(pretrained(tmp_path, name)))
+PACKING = ("t5", "llama", "qwen3", "gpt2")
+NOT_PACKING = ("bart", "opt", "bloom", "mamba")
+
+
+@pytest.mark.parametrize("name", ["scratch:t5", "scratch:llama", *PACKING, *NOT_PACKING])
+def test_prompts_lose_as_much_together_as_each_alone(name, tmp_path):
+    config = SCRATCH.get(name) or LanguageModelConfig(
+        name=str(pretrained(tmp_path, name)), max_input_tokens=100, max_target_tokens=50
+    )
     model = made(config).eval()
-    packed = training_batches(model.prompts, TEXTS, ANSWERS)
-    assert any(int(batch.segments.max()) > 1 for batch in packed)
+    packed = model.batches(TEXTS, ANSWERS)
+    assert model.packs is any(int(batch.segments.max()) > 1 for batch in packed)
+    assert model.packs is (name not in NOT_PACKING)  # absolute positions, a running state
     with torch.no_grad():
         together = model(packed)
         alone = [
@@ -193,6 +221,23 @@ def test_options_that_would_be_ignored_are_refused(changes, words):
 def test_sizes_that_make_no_model_are_refused(sizes):
     with pytest.raises(UsageError, match=r"model\.scratch"):
         ScratchConfig(**sizes)
+
+
+def test_more_tokens_than_a_model_knows_places_are_refused(tmp_path):
+    folder = str(pretrained(tmp_path, "gpt2"))
+    with pytest.raises(UsageError, match=r"knows 200 places.*needs 1088"):
+        made(LanguageModelConfig(name=folder))
+
+
+def test_a_model_folder_s_own_way_of_writing_is_not_taken_over(tmp_path):
+    folder = pretrained(tmp_path, "llama")
+    options = {"name": str(folder), "max_target_tokens": 6, "max_input_tokens": 100}
+    asked = ["red shoe item_1", "blue hat"]
+    plain = made(LanguageModelConfig(**options)).eval()
+    told = plain.write(plain.prompts.prompts(asked))
+    GenerationConfig(do_sample=True, temperature=9.0, min_new_tokens=5).save_pretrained(folder)
+    other = made(LanguageModelConfig(**options)).eval()
+    assert other.write(other.prompts.prompts(asked)) == told
 
 
 def test_a_model_without_a_language_model_head_is_refused(tmp_path):

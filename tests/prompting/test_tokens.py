@@ -141,13 +141,30 @@ def test_a_chat_template_is_used_where_the_model_has_one(tokenizer):
     assert chat.decode(read.prompts(["after item_3"])[0].ids) == "[user] after item_3 [answer] "
 
 
-def test_a_long_prompt_loses_its_beginning_and_is_counted(tokenizer):
-    read = prompts(tokenizer, longest=6)
-    whole = prompts(tokenizer).prompts([TEXTS[0]])[0]
+@pytest.mark.parametrize("encoder_decoder", [True, False])
+def test_a_long_prompt_loses_its_first_words_and_is_counted(tokenizer, encoder_decoder):
+    read = prompts(tokenizer, encoder_decoder, longest=8)
+    free = prompts(tokenizer, encoder_decoder)
     cut = read.prompts([TEXTS[0], "item_3"])
-    assert cut[0].ids.tolist() == whole.ids[-6:].tolist()
-    assert cut[0].words.tolist() == whole.words[-6:].tolist()
+    words = TEXTS[0].split()
+    fitting = [" ".join(words[first:]) for first in range(len(words))]
+    kept = next(text for text in fitting if len(free.prompts([text])[0].ids) <= 8)
+    assert kept != TEXTS[0]
+    assert cut[0].ids.tolist() == free.prompts([kept])[0].ids.tolist()
     assert read.cut_prompts == 1
+
+
+def test_what_stands_around_a_prompt_in_a_chat_template_is_never_cut(tokenizer):
+    chat = train_tokenizer(TEXTS, 120, [])
+    chat.chat_template = "{% for m in messages %}<user> {{ m.content }} <end>{% endfor %}"
+    read = prompts(chat, encoder_decoder=False, longest=40)
+    told = chat.decode(read.prompts([" ".join(TEXTS)])[0].ids)
+    assert told.startswith("<user> ") and told.endswith(" ? <end>") and read.cut_prompts == 1
+
+
+def test_a_last_word_that_does_not_fit_is_an_error(tokenizer):
+    with pytest.raises(UsageError, match=r"model\.max_input_tokens=3"):
+        prompts(tokenizer, longest=3).prompts(["item_123456789"])
 
 
 def test_a_long_answer_keeps_its_end_token_and_is_counted(tokenizer):

@@ -16,6 +16,11 @@ from llmrec.prompting.indexing import load_indexing
 from llmrec.runs import sha256_of
 
 
+def small_shop():
+    """The data of all these runs."""
+    return load_dataset(DataConfig(simulated=SimulatedConfig(users=61, items=240)))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run with every family asked for at the end."""
@@ -36,9 +41,7 @@ def test_a_run_leaves_a_result_that_tables_and_readers_know(finished):
     assert found["protocol"]["candidates"] == found["data"]["counts"]["items"]
     assert found["cost"]["prompts"] > 0 and found["cost"]["flops"] > 0
     assert (finished / "card.md").read_text().count("| held out |") == 5
-    simulated = SimulatedConfig(users=61, items=240)
-    dataset = load_dataset(DataConfig(simulated=simulated))
-    indexing = load_indexing(finished / "indexing.json", dataset)
+    indexing = load_indexing(finished / "indexing.json", small_shop())
     assert indexing.fingerprint == found["p5"]["indexing"]
     assert len(indexing.mentions) == found["data"]["counts"]["items"]
 
@@ -58,7 +61,7 @@ def test_every_family_is_asked_by_a_seen_and_a_held_out_prompt(finished):
 
 def test_every_answer_is_an_unseen_item_and_lists_have_no_item_twice(finished):
     answers = record(finished)["p5"]["answers"]
-    assert answers == {"answers": 61 * 20, "invalid": 0, "seen": 0, "duplicates": 0}
+    assert answers == {"answers": 61 * 20, "invalid": 0, "barred": 0, "prompts_cut": 0}
     lists = pl.read_parquet(finished / "per_user.parquet")["top_item_ids"].to_list()
     assert all(len(items) == len(set(items)) == 10 for items in lists)  # as many as are kept
 
@@ -72,8 +75,8 @@ def test_unconstrained_answers_are_counted_by_what_is_wrong_with_them(tmp_path):
 @pytest.mark.parametrize("indexing", ["sequential", "collaborative", "title"])
 def test_every_indexing_trains(tmp_path, indexing):
     folder = train(
-        tmp_path / "run", indexing__name=indexing, indexing__leaf=8, indexing__clusters=4,
-        optim__epochs=1, prompts__mention="both",
+        tmp_path / "run", indexing__name=indexing, optim__epochs=1,
+        prompts__mention="id" if indexing == "title" else "both",
     )  # fmt: skip
     assert record(folder)["p5"]["answers"]["invalid"] == 0
 
@@ -108,8 +111,10 @@ def test_a_pretrained_model_is_tuned(tmp_path, name, tune):
 
 
 def test_refitting_on_validation_keeps_the_selected_number_of_epochs(tmp_path):
-    folder = train(tmp_path / "run", run__fit_on="train+valid")
+    folder = train(tmp_path / "run", run__fit_on="train+valid", indexing__name="sequential")
     found = record(folder)
+    names = load_indexing(folder / "indexing.json", small_shop())
+    assert names.fingerprint == found["p5"]["indexing"]
     assert len(journal(folder, "refit")) == found["cost"]["selected_epoch"]
     assert found["protocol"]["fit_on"] == "train+valid"
 
@@ -136,6 +141,27 @@ def without_times(folder):
         path.parent.name: sha256_of(path) for path in folder.glob("checkpoints/*/*.safetensors")
     }
     return found, weights, per_user(folder).rows()
+
+
+def test_a_held_out_prompt_is_held_against_the_ranked_one_case_by_case(tmp_path):
+    folder = train(tmp_path / "run", decoding__others="2-13", optim__epochs=1)
+    asked = record(folder)["p5"]["prompts"]
+    means = [asked[name]["measures"]["NDCG@10"]["mean"] for name in ("2-13", "2-3")]
+    found = asked["2-13"]["less the ranked prompt"]["NDCG@10"]
+    assert found["difference"] == pytest.approx(means[0] - means[1])
+    assert 0 < found["p"] <= 1 and "AUC" not in asked["2-3"]["measures"]
+
+
+def test_a_split_in_time_trains(tmp_path):
+    folder = train(tmp_path / "run", split__method="temporal", optim__epochs=1)
+    found = record(folder)
+    assert found["protocol"]["split"] == "temporal"
+    assert found["p5"]["answers"]["invalid"] == 0 < found["cases"]["count"]
+
+
+def test_prompts_that_are_cut_are_counted(tmp_path):
+    folder = train(tmp_path / "run", model__max_input_tokens=16, optim__epochs=1)
+    assert 0 < record(folder)["p5"]["answers"]["prompts_cut"] <= 61
 
 
 STEPS = {"optim__accumulate": 2, "run__checkpoint_steps": 2, "optim__epochs": 2}
@@ -179,6 +205,9 @@ def test_two_processes_answer_like_one(tmp_path, figure):
         ({"model__max_target_tokens": 2}, "model.max_target_tokens=2"),
         ({"model__tune": "lora"}, "model.tune=lora"),
         ({"run__select": "HR@0"}, "HR@0"),
+        ({"run__select": "AUC"}, "run.select=AUC"),
+        ({"evaluation__block_megabytes": 1}, "evaluation.block_megabytes"),
+        ({"model__max_input_tokens": 3}, "model.max_input_tokens=3"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_a_folder_is_made(tmp_path, changes, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from llmrec.data.audit.findings import Finding, Verdict, beyond_chance, counted
 from llmrec.data.interactions import Cases, Dataset, Int32, Int64, Split
+from llmrec.prompting.audit.absence import Absence
 from llmrec.prompting.audit.leaks import Leaks, Names
 from llmrec.prompting.families import P5Template
 from llmrec.prompting.indexing import Indexing
 from llmrec.prompting.p5 import Example
+from llmrec.prompting.p5.words import BETWEEN_CANDIDATES
 
 TELLING = 0.01
 """HR@1 of a rule on numbers from which on it competes with what is learned. Below that it may also
@@ -65,7 +68,7 @@ def numbers_of(indexing: Indexing) -> Int64 | None:
 
 
 class PromptAudit:
-    """Takes prompts one by one and holds a few bytes of each."""
+    """Takes prompts one by one and holds eight bytes of each, and a bit per user and item."""
 
     def __init__(
         self,
@@ -80,21 +83,29 @@ class PromptAudit:
         self._leaks = Leaks(dataset, cut.train_end, indexing, templates)
         self._index = ["", *indexing.mentions]
         self._names = Names(self._index)
+        self._absence = Absence(dataset, cut, indexing)
+        self._ends = {
+            part: dict(zip(cases.user.tolist(), cases.end.tolist(), strict=True))
+            for part, cases in (("valid", cut.valid), ("test", cut.test))
+        }
         self._parts: Counter[str] = Counter()
         self._found: Counter[str] = Counter()
         self._leaky: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         self._asked: dict[str, set[str]] = {}
-        self._digests: set[bytes] = set()
+        self._digests = array("q")
 
     def take(self, prompt: Example) -> None:
         """Look at one prompt."""
         self._parts[prompt.split] += 1
         self._asked.setdefault(prompt.split, set()).add(prompt.template)
         text = f"{prompt.input}\n{prompt.target}".encode()
-        self._digests.add(hashlib.blake2b(text, digest_size=8).digest())
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        self._digests.append(int.from_bytes(digest, signed=True))
         template = self._templates.get(prompt.template)
+        values = self._leaks.values(prompt)
         if prompt.split == "train":
+            self._absence.take(prompt, values)
             if verdict := self._leaks.look(prompt):
                 self._found[verdict] += 1
                 if verdict in LEAKS:
@@ -106,10 +117,24 @@ class PromptAudit:
             self._found["item answers"] += 1
             if prompt.target != self._index[prompt.item]:
                 self._count("another name", prompt)
+            if prompt.split != "train":
+                self._question(prompt, values, "candidates" in template.inputs)
             if "candidates" in template.inputs:
                 self._found["choices"] += 1
                 if not self._names.stands_in(prompt.target, prompt.input):
                     self._count("no candidate", prompt)
+
+    def _question(self, prompt: Example, values: str, chooses: bool) -> None:
+        """Look whether what a question was given, but for its candidates, tells the answer."""
+        self._found["item questions"] += 1
+        given = values.split("\n")
+        if chooses:
+            given.remove(max(given, key=lambda value: value.count(BETWEEN_CANDIDATES)))
+        interactions, end = self._dataset.interactions, self._ends[prompt.split].get(prompt.user)
+        start = interactions.offsets[prompt.user]
+        met = interactions.items[start : start if end is None else end].tolist()
+        if self._leaks.tells(prompt, "\n".join(given), met):
+            self._count("told", prompt)
 
     def findings(self) -> list[Finding]:
         """What was found, in the order of the table."""
@@ -117,6 +142,8 @@ class PromptAudit:
             self._leak_finding(),
             *(self._doubt(kind, words) for kind, words in NO_LEAKS.items() if self._found[kind]),
             *self._number_findings(),
+            self._absence.finding(),
+            self._answers("questions tell no answer", "told", "item questions"),
             self._repeats(),
             self._template_finding(),
             self._answers("answers among candidates", "no candidate", "choices"),
@@ -171,7 +198,7 @@ class PromptAudit:
 
     def _repeats(self) -> Finding:
         total = self._parts.total()
-        repeats = total - len(self._digests)
+        repeats = total - len(np.unique(np.frombuffer(self._digests, dtype=np.int64)))
         verdict: Verdict = "ok" if not repeats else "note"
         if repeats > MANY_REPEATS * total:
             verdict = "warning"
@@ -207,6 +234,7 @@ class PromptAudit:
         what = {
             "no candidate": "answers are not among the candidates shown",
             "another name": "answers are not the name of the prompt's item",
+            "told": "validation and test questions name their answer outside the candidates",
         }[fault]
         remedy = "write the prompts anew from this data and this indexing"
         example = self._examples.get(fault)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -127,10 +127,29 @@ class Leaks:
             return "repeated item"
         return doubts
 
+    def values(self, example: Example) -> str:
+        """A prompt without its template's own words: what was put in, a line each."""
+        return _values(example.input, self._wordings.get(example.template, ()))
+
+    def tells(self, question: Example, values: str, met: Collection[int]) -> bool:
+        """Whether what a question was given holds the item that it asks for.
+
+        Args:
+            question: One that is answered by an item.
+            values: What was put into it, without the candidates.
+            met: The items that its user met before: naming these tells nothing.
+        """
+        title = self._titles[question.item]
+        if question.item in met:
+            return False
+        if self._names[0].stands_in(self._index[question.item], values):
+            return True
+        # A title that another item bears too may be that other one's.
+        return title not in self._shared and self._names[1].stands_in(title, values)
+
     def _weighed(self, kind: str, names: Names, name: str, example: Example, held: Held) -> str:
         """A name that was found may be a word of the question, or of the user's earlier texts."""
-        values = _values(example.input, self._wordings.get(example.template, ()))
-        text = f"{values}\n{example.target}"
+        text = f"{self.values(example)}\n{example.target}"
         if not names.stands_in(name, text):
             return ""
         if name in self._shared:

@@ -84,7 +84,7 @@ class PromptGenerator:
         wanted = {name for template in templates for name in needs(template)}
         self.words = Words(dataset, indexing, config, self.train_end, wanted)
         self._interactions, self._present = dataset.interactions, self.words.present
-        self._shelves = Shelves(cut, self.words.titled, config.candidates)
+        self._shelves = Shelves(cut, self.words.titled, config.candidates, config.seed)
         self.left_out: dict[str, str] = {}
         """Family -> why the data cannot feed it, where the data decides."""
         self.kinds = self._chosen(templates)
@@ -227,7 +227,7 @@ class PromptGenerator:
             # Every interaction once before one comes twice, and then with another template.
             order = np.resize(rng.permutation(len(places)), one.count).tolist()
             turns = rng.integers(1 << 30, size=len(places)).tolist()
-            draws = self._shelves.draws(rng, one.templates, "train", met, one.count)
+            draws = self._shelves.draws(rng, one.templates, "train", user, met, one.count)
             for number, (chosen, draw) in enumerate(zip(order, draws, strict=True)):
                 suited = one.fitting[present[places[chosen]]]
                 template = suited[(turns[chosen] + number // len(places)) % len(suited)]
@@ -238,7 +238,7 @@ class PromptGenerator:
         """The same for every template that asks for the same, whatever else is asked."""
         rng = np.random.default_rng((self.config.seed, _PARTS.index(part), user))
         met = self._interactions.history(user)
-        return self._shelves.draws(rng, (template,), part, met, 1)[0]
+        return self._shelves.draws(rng, (template,), part, user, met, 1)[0]
 
     def _render(self, template: P5Template, user: int, end: int, row: int, draw: Draw) -> Example:
         """The prompt about the interaction at `row`, with what the user met before `end`."""
