@@ -33,7 +33,8 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "assembly training",
     "questions",
     "train_tcf score prompting.generate prompting.show prompting.audit prompting.train_p5 "
-    "prompting.ask prompting.rating chat serving transfer",
+    "prompting.rating chat serving transfer",
+    "prompting.ask",  # asks what train_p5 trained, as score does with what train_tcf trained
     "reporting",
     "evaluation.suite evaluation.programs studies",  # they print the tables that reporting makes
     "cli",

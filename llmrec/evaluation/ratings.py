@@ -126,8 +126,8 @@ def mean_baselines(
     learned = np.arange(len(interactions.items)) < np.repeat(learned_end, interactions.lengths)
     learned &= ~np.isnan(interactions.ratings)
     ratings = interactions.ratings[learned].astype(np.float64)
-    asked = interactions.ratings[cases.target].astype(np.float64)
-    overall = float(ratings.mean()) if len(ratings) else middle_of(asked[~np.isnan(asked)])
+    known = interactions.ratings[~np.isnan(interactions.ratings)].astype(np.float64)
+    overall = float(ratings.mean()) if len(ratings) else middle_of(known)
     targets = interactions.items[cases.target]
     by_user = _means(interactions.users()[learned], ratings, interactions.user_count, overall)
     by_item = _means(interactions.items[learned], ratings, item_count + 1, overall)

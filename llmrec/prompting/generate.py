@@ -63,7 +63,9 @@ class PromptsConfig:
     epochs: int = 1
     """Epochs of training prompts, each drawn anew."""
     seed: int = 0
-    """Of the training prompts; valid and test depend on prompts.seed alone."""
+    """Of the training prompts; valid and test depend on prompts.seed alone. llmrec p5 train reads
+    in its first stage those of twice its run.seed, epoch by epoch, and of one more when it trains
+    again with the validation part."""
     overwrite: bool = False
     """Whether a file that is there is replaced."""
 
@@ -225,6 +227,11 @@ def _checked(config: PromptsConfig) -> Path:
             f"--epochs {config.epochs} and --seed {config.seed}: use 1 epoch or more and a seed "
             "that is not negative."
         )
+    if config.part != "train" and config.epochs != 1:
+        raise UsageError(
+            f"--epochs {config.epochs} counts training prompts; leave it out for --part "
+            f"{config.part}, whose questions are the same every time."
+        )
     if config.part == "train" and config.only:
         raise UsageError("--only names templates for --part valid or test; leave it out for train.")
     return out
@@ -259,6 +266,7 @@ def _manifest(
         "left_out": session.generator.left_out,
         "users": session.generator.users,
         "users_in_all": dataset.interactions.user_count,
+        "users_with_more_than_half_called_wrong": session.generator.crowded,
         "data": dataset.name,
         "fingerprint": dataset.fingerprint(),
         "told_fingerprint": dataset.told_fingerprint(),
@@ -288,6 +296,12 @@ def _report(session: Session, config: PromptsConfig, counts: Counter[tuple[str, 
     console.print(table)
     for name, reason in session.generator.left_out.items():
         console.print(f"{name} left out: {reason}")
+    if config.part == "train" and session.generator.crowded:
+        console.print(
+            f"{session.generator.crowded:,} users are told that more than half of the items they "
+            "never met are wrong, which gives the held-out ones away by their absence: lower "
+            "prompts.candidates."
+        )
     console.print(f"{counts.total():,} prompts ({config.part}) written to {config.out}.")
 
 

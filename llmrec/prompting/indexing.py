@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,8 @@ group evenly instead keeps names short: 3 to 5 tokens on Amazon Beauty rather th
 many co-occurrences inside leaves (6.4 %)."""
 DENSE = 400
 """Items up to which a group's eigenvectors are solved for densely, which is then the faster way."""
+CLUSTERING = ("clusters", "leaf", "history")
+"""Options of collaborative indexing alone."""
 MAX_ITERATIONS = 100
 """Restarts of the sparse eigensolver before its best guess is taken."""
 
@@ -56,16 +58,23 @@ class IndexingConfig:
     """Most recent training interactions of a user whose pairs are counted; collaborative only."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built.
+        """Refuse what cannot be built, and what would be ignored.
 
         Raises:
-            UsageError: A number out of range.
+            UsageError: A number out of range, or one that this indexing does not read.
         """
         least = {"seed": 0, "clusters": 2, "leaf": 1, "history": 2}
         values = {"seed": self.seed, "clusters": self.clusters, "leaf": self.leaf}
         for option, value in (values | {"history": self.history}).items():
             if value < least[option]:
                 raise UsageError(f"indexing.{option}={value}: use {least[option]} or more.")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in CLUSTERING and self.name != "collaborative" and value != one.default:
+                raise UsageError(
+                    f"indexing.{one.name}={value} is read by indexing.name=collaborative alone; "
+                    f"leave it out for {self.name}."
+                )
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from llmrec.data.readers import DataConfig
 from llmrec.data.splits import SplitConfig
 from llmrec.encoders.tuning import TunableEncoder
 from llmrec.errors import UsageError
 from llmrec.models.optim import OptimConfig
-from llmrec.prompting.rating_models import RatingModelConfig
+from llmrec.prompting.rating_models import COUNTED, RatingModelConfig
 from llmrec.runs import RunOptions
+
+READS = {"bias": ("model.item_shrinkage", "model.user_shrinkage")}
+"""Options of model, optim and encoder that a counted model reads, beside its name."""
+OF_ALL_ROWS = ("encoder.max_item_tokens", "optim.training_pairs")
+"""What makes a suite of ratings larger or smaller: given on its command line, it reaches the
+counted rows too, where it may stand without effect."""
+
+
+@dataclass(frozen=True)
+class RatingEncoder(TunableEncoder):
+    """The language model that reads prompts."""
+
+    max_item_tokens: int = 128
+    """Tokens of a whole prompt, special ones included: the item asked about and as many of the
+    user's latest ratings as fit."""
+    tune: str = "frozen"
+    """frozen: every prompt is read once and its vector kept in memory: ratings (training, valid and
+    test) x the model's width x 4 bytes, such as 1.5 GB for a million at width 384; lora: low-rank
+    adapters; qlora: adapters over a quantised model (encoder.quantisation; none means nf4 here);
+    top:k: the highest k blocks; full: all weights. Tuned, prompts are read anew at every step."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +73,50 @@ class RatingConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    encoder: TunableEncoder = field(default_factory=lambda: TunableEncoder(max_item_tokens=128))
-    """The language model; encoder.max_item_tokens is the length of a whole prompt."""
+    encoder: RatingEncoder = field(default_factory=RatingEncoder)
+    """The language model."""
     model: RatingModelConfig = field(default_factory=RatingModelConfig)
     optim: RatingOptimConfig = field(default_factory=RatingOptimConfig)
     run: RatingRunConfig = field(default_factory=RatingRunConfig)
 
     def __post_init__(self) -> None:
-        """Refuse a tuned encoder that nothing reads, and what is of item texts alone."""
+        """Refuse what would be ignored: by a counted model, without text, and with prompts."""
         encoder, name = self.encoder, self.model.name
         if encoder.tuned and name != "language_model":
             raise UsageError(
                 f"encoder.tune={encoder.tune} means nothing to model.name={name}, which reads no "
                 "text. Use encoder.tune=frozen, or model.name=language_model."
             )
-        defaults = TunableEncoder()
+        if name in COUNTED:
+            self._refuse_uncounted()
+        defaults = RatingEncoder()
         for option in ("step_tokens", "cache_states", "cache_dtype", "cache_gigabytes"):
             if getattr(encoder, option) != getattr(defaults, option):
                 raise UsageError(
                     f"encoder.{option} is for item texts, which repeat, and means nothing to "
                     "prompts. Leave it out; optim.accumulate bounds the memory of a step."
                 )
+
+    def _refuse_uncounted(self) -> None:
+        """Refuse options that only a model which learns by gradients reads."""
+        name, plain = self.model.name, RatingRunConfig()
+        given = {"run.select": self.run.select} if self.run.select != plain.select else {}
+        given |= _changed("model", self.model) | _changed("optim", self.optim)
+        given |= _changed("encoder", self.encoder)
+        read = ("model.name", *OF_ALL_ROWS, *READS.get(name, ()))
+        for option, value in given.items():
+            if option not in read:
+                raise UsageError(
+                    f"{option}={value} means nothing to model.name={name}, which is counted, not "
+                    "trained. Leave it out; in a suite, set it in the rows that learn."
+                )
+
+
+def _changed(group: str, config: Any) -> dict[str, Any]:
+    """The options of a group that are not at their default, by dotted name."""
+    plain = type(config)()
+    return {
+        f"{group}.{field.name}": getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(plain, field.name)
+    }

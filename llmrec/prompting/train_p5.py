@@ -278,6 +278,9 @@ def refuse_unmeasurable(task: Task, learner: Learner) -> None:
             "extra: pip install 'llmrec[text]'. Or name other prompts with decoding.others."
         )
     check_tensorboard(task.config.run)
+    for part in ("valid", "test"):
+        first = next(learner.generator.questions(task.template, part))
+        learner.model.prompts.prompts([first.input])  # refuses a limit that holds no prompt
     for template in asked:
         if reason := learner.generator.cannot_ask(template, "test"):
             raise UsageError(f"decoding.others names prompt {template.id}. {reason}")
@@ -323,6 +326,11 @@ def start_stage(task: Task, refit_epochs: int | None = None) -> Learner:
     )
     for reason in generator.left_out.values() if stage == "fit" else ():
         task.console.print(f"  left out: {reason}")
+    if generator.crowded:
+        task.console.print(
+            f"  {generator.crowded} users have few items they never met: more than half of these "
+            "are told them as wrong answers"
+        )
     set_seed(config.run.seed)
     with accelerator.main_process_first():
         tokenizer = tokenizer_of(task, generator, indexing)

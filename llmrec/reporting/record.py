@@ -318,9 +318,9 @@ def _check_comparable(
             if key not in varies and first.get(key) != other.get(key):
                 values = "" if key == "cases" else f" ({first.get(key)} and {other.get(key)})"
                 raise UsageError(
-                    f"{_called(results[0])} and {_called(result)} differ in {_SAME[key]}{values}, which "
-                    "is never mixed within one table unasked. Compare them apart, run one of them "
-                    f"again{', or name it in varies' if key in VARIABLE else ''}."
+                    f"{_called(results[0])} and {_called(result)} differ in {_SAME[key]}{values}, "
+                    "which is never mixed within one table unasked. Compare them apart, run one of "
+                    f"them again{', or name it in varies' if key in VARIABLE else ''}."
                 )
         data = result.record["data"]
         same_text = by_template.setdefault((data["template_sha256"], data["interactions"]), result)

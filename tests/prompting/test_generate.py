@@ -86,6 +86,17 @@ def test_families_left_out_are_named_with_the_reason(
     assert "rating left out: prompts.families: rating needs ratings" in capsys.readouterr().out
 
 
+def test_too_many_candidates_for_the_items_are_said_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path / "p.jsonl")
+    assert manifest(tmp_path / "p.jsonl")["users_with_more_than_half_called_wrong"] == 0
+    assert "lower prompts.candidates" not in capsys.readouterr().out
+    written(tmp_path / "q.jsonl", "--prompts.candidates", "150")
+    assert manifest(tmp_path / "q.jsonl")["users_with_more_than_half_called_wrong"] == 60
+    assert "60 users are told that more than half of the items" in capsys.readouterr().out
+
+
 def test_a_test_file_asks_every_case_with_every_template_held_out_ones_too(
     tmp_path: Path,
 ) -> None:
@@ -104,6 +115,7 @@ def mistakes() -> list[tuple[list[str], str]]:
         ([], "--out is missing"),
         (["--out", "p.csv"], r"--out p.csv must end in .jsonl or .parquet"),
         (["--out", "p.jsonl", "--epochs", "0"], "use 1 epoch or more"),
+        (["--out", "p.jsonl", "--part", "test", "--epochs", "2"], "--epochs 2 counts training"),
         (["--out", "p.jsonl", "--seed", "-1"], "a seed that is not negative"),
         (["--out", "p.jsonl", "--only", "2-1"], "--only names templates for --part valid or test"),
         (["--out", "p.jsonl", "--part", "test", "--only", "2-99"], "did you mean 2-9?"),
@@ -111,6 +123,7 @@ def mistakes() -> list[tuple[list[str], str]]:
         (["--out", "p.jsonl", "--prompts.families", "review"], "review needs"),
         (["--out", "p.jsonl", "--prompts.candidates", "9000"], "Use fewer"),
         (["--out", "p.jsonl", "--prompts.templates", "nowhere"], "nowhere"),
+        (["--out", "p.jsonl", "--indexing.leaf", "9"], "read by indexing.name=collaborative alone"),
     ]
 
 

@@ -76,7 +76,9 @@ def test_the_items_of_validation_and_test_move_no_name(name: str) -> None:
     for end in ends:
         items[end : end + 2] = rng.integers(1, 301, size=2)
     other = replace(dataset, interactions=replace(dataset.interactions, items=items))
-    config = IndexingConfig(name=name, leaf=8, clusters=5)
+    config = IndexingConfig(name=name)
+    if name == "collaborative":
+        config = replace(config, leaf=8, clusters=5)
     assert build_indexing(config, other, ends) == build_indexing(config, dataset, ends)
 
 
@@ -198,6 +200,14 @@ def test_a_hundred_thousand_items_get_distinct_short_clusters() -> None:
     assert len(set(found.mentions)) == 100_000
     assert len(found.tokens) < 300
     assert max(mention.count("<") for mention in found.mentions) <= 8
+
+
+@pytest.mark.parametrize("option", ["clusters", "leaf", "history"])
+def test_an_option_of_clusters_is_refused_where_items_are_called_otherwise(option: str) -> None:
+    IndexingConfig(name="collaborative", **{option: 50})
+    for name in ("random", "sequential", "title"):
+        with pytest.raises(UsageError, match=rf"indexing\.{option}=50 is read by .*collaborative"):
+            IndexingConfig(name=name, **{option: 50})
 
 
 @pytest.mark.parametrize("option", ["seed", "clusters", "leaf", "history"])

@@ -18,7 +18,7 @@ from llmrec.errors import UsageError
 from llmrec.prompting.families import P5Template, load_family_templates
 from llmrec.prompting.indexing import Indexing
 from llmrec.prompting.p5 import Example, PerUser, PromptConfig, PromptGenerator
-from llmrec.prompting.p5.draws import Shelf
+from llmrec.prompting.p5.draws import Shelf, salt_of
 from llmrec.prompting.p5.words import LIKED, STAR_RANGE
 
 NONE = PerUser(*[0] * 9)
@@ -81,15 +81,19 @@ def test_items_are_mentioned_by_index_title_or_both_and_answered_by_index(own: T
         assert (prompt.input, prompt.target) == (f"After {history} comes", "item_9")
 
 
-def test_items_named_by_distinct_titles_are_mentioned_so_and_not_by_the_shared_one(
+def test_items_named_by_distinct_titles_are_mentioned_so_and_never_by_the_shared_one(
     own: Templates,
 ) -> None:
     data = shop([[3, 1, 2, 4]], items=5, titles={1: "Kettle", 3: "Kettle"})
     names = Indexing("title", ("Kettle", "Thing 2", "Kettle (2)", "Thing 4", "Thing 5"))
-    config = PromptConfig(candidates=2, mention="title")
-    made = PromptGenerator(data, split(data, SplitConfig()), names, own, config)
+    cut = split(data, SplitConfig())
+    made = PromptGenerator(data, cut, names, own, PromptConfig(candidates=2))
     (prompt,) = made.questions(of(own, "2-1"), "test")
     assert prompt.input == "After Kettle (2) -> Kettle -> Thing 2 comes"
+    for mention in ("title", "both"):
+        config = PromptConfig(candidates=2, mention=mention)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=f"prompts.mention={mention} with indexing.name=title"):
+            PromptGenerator(data, cut, names, own, config)
 
 
 def test_the_same_seed_gives_the_same_prompts_and_another_seed_or_epoch_others(
@@ -232,9 +236,17 @@ def test_ratings_that_are_no_stars_are_refused_by_name(
     own: Templates, ratings: list[float]
 ) -> None:
     data = shop([[1, 2, 3, 4, 5]], ratings=ratings)
-    message = rf"rating needs ratings of {STAR_RANGE[0]} to 5 stars \(data.rating_column\)"
+    message = rf"rating needs ratings of {STAR_RANGE[0]} to 5 stars, at most 10 different ones"
     with pytest.raises(UsageError, match=message):
         generator(data, own, PromptConfig(families="rating"))
+
+
+def test_ten_point_ratings_are_named_as_what_they_are(own: Templates) -> None:
+    data = shop([[1, 2, 3, 4, 5, 6]], ratings=[10, 8, 1, 8, 3, 2])
+    message = "those of this data are 1 to 10, 3 different ones in training; rescale them"
+    with pytest.raises(UsageError, match=message):
+        generator(data, own, PromptConfig(families="rating"))
+    assert message in generator(data, own, PromptConfig(candidates=5)).left_out["rating"]
 
 
 def test_half_stars_are_written_as_such(own: Templates) -> None:
@@ -309,6 +321,60 @@ def test_more_candidates_than_items_are_refused(own: Templates) -> None:
         generator(data, own, PromptConfig(candidates=31))
 
 
+def test_more_candidates_than_items_are_refused_where_only_questions_name_them(
+    own: Templates,
+) -> None:
+    data = shop([[1, 2, 3, 4, 5]], items=30)
+    config = PromptConfig(families="sequential", candidates=31, per_user=only(next=1))
+    made = generator(data, own, config)
+    message = "prompts.candidates=31, but there are 30 items"
+    assert message in made.cannot_ask(of(own, "5-2"), "test")
+    with pytest.raises(UsageError, match=message):
+        next(made.questions(of(own, "2-2"), "valid"))
+    with pytest.raises(UsageError, match=message):
+        made.text_of(of(own, "5-2"), 0, 1, 1)
+    assert not made.cannot_ask(of(own, "2-1"), "test")
+
+
+def wrong_items(made: PromptGenerator, user: int, epochs: int) -> set[int]:
+    """What a user's training prompts call wrong, in so many epochs."""
+    own_items = set(made.dataset.interactions.history(user).tolist())
+    named: set[int] = set()
+    for epoch in range(1, epochs + 1):
+        for prompt in made.train(seed=0, epoch=epoch):
+            if prompt.user == user:
+                named |= {prompt.item, *items_in(prompt.input)}
+    return named - own_items
+
+
+def test_half_of_the_items_are_never_called_wrong_and_which_is_the_user_s_own(
+    own: Templates,
+) -> None:
+    data = shop([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], items=205)
+    config = PromptConfig(candidates=20, families="sequential,direct")
+    made = generator(data, own, config)
+    first, second = (wrong_items(made, user, epochs=12) for user in (0, 1))
+    assert first == wrong_items(made, 0, epochs=24)  # all of the shelf was named by then
+    # 200 items, each with probability a half: 100 +- 4 x 7.1, and 50 +- 4 x 6.1 on both shelves.
+    assert 72 <= len(first) <= 128 and 72 <= len(second) <= 128
+    assert 25 <= len(first & second) <= 75
+    other = generator(data, own, PromptConfig(candidates=20, families="direct", seed=1))
+    assert 25 <= len(first & wrong_items(other, 0, epochs=12)) <= 75
+    assert made.crowded == 0
+
+
+def test_more_than_half_is_called_wrong_where_so_many_candidates_are_wanted(
+    own: Templates,
+) -> None:
+    data = shop([[1, 2, 3, 4, 5], [1, 2, 3]], items=30)
+    made = generator(data, own, PromptConfig(candidates=20, families="direct"))
+    assert len(wrong_items(made, 0, epochs=9)) == 19  # of 25: as many as a prompt names, no more
+    assert made.crowded == 2  # 25 and 27 items never met, and half of them should be 19
+    assert generator(data, own, PromptConfig(candidates=13, families="direct")).crowded == 0
+    judged = PromptConfig(candidates=20, families="direct", per_user=only(direct_judge=5))
+    assert generator(data, own, judged).crowded == 0
+
+
 def test_questions_are_the_same_again_and_share_candidates_and_verdicts(own: Templates) -> None:
     data = shop([[user + 1, user + 2, user + 3, user + 4] for user in range(25)])
     made = generator(data, own, PromptConfig(candidates=8))
@@ -361,23 +427,46 @@ def test_training_may_end_later_than_the_split_says(own: Templates) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    size=st.integers(1, 400),
+    size=st.integers(1, 900),
     blocked=st.lists(st.integers(1, 400), max_size=40),
     wanted=st.integers(1, 120),
     seed=st.integers(0, 99),
+    salted=st.booleans(),
 )
 def test_drawn_items_are_distinct_allowed_and_as_many_as_there_are(
-    size: int, blocked: list[int], wanted: int, seed: int
+    size: int, blocked: list[int], wanted: int, seed: int, salted: bool
 ) -> None:
     candidates = np.arange(size + 1) % 7 != 0  # some are none, padding among them
     shelf = Shelf(candidates)
     met = np.array([item for item in blocked if item <= size], dtype=np.int32)
-    drawn = shelf.draw(np.random.default_rng(seed), met, 3, wanted)
+    salt = salt_of(seed, 0) if salted else None
+    drawn = shelf.draw(np.random.default_rng(seed), met, 3, wanted, salt)
     free = set(np.flatnonzero(candidates).tolist()) - set(met.tolist())
     assert drawn.shape == (3, min(wanted, len(free)))
     for row in drawn.tolist():
         assert len(set(row)) == len(row)
         assert set(row) <= free
+
+
+def test_a_user_s_half_is_the_same_ranked_as_a_whole_or_drawn_and_sifted() -> None:
+    shelf, met = Shelf(np.arange(1001) > 0), np.array([1, 2, 3], dtype=np.int32)
+    rng, salt = np.random.default_rng(0), salt_of(0, 17)
+    sifted = set(shelf.draw(rng, met, 900, 20, salt).ravel().tolist())
+    whole = set(shelf.draw(rng, met, 90, 400, salt).ravel().tolist())
+    assert sifted == whole
+    assert 437 <= len(whole) <= 560  # 997 / 2, four deviations
+
+
+def test_halves_hold_every_item_and_every_pair_of_items_alike() -> None:
+    everything, none = Shelf(np.arange(41) > 0), np.array([], dtype=np.int32)
+    rng, on = np.random.default_rng(0), np.zeros((4000, 41), dtype=np.int64)
+    for user in range(4000):
+        on[user, everything.draw(rng, none, 1, 8, salt_of(3, user))[0]] = 1
+    single, pairs = on[:, 1:].sum(axis=0), (on.T @ on)[1:, 1:][np.triu_indices(40, 1)]
+    # Eight of some twenty: a fifth of 4000 each, and two together 8 x 7 / (40 x 39).
+    assert np.abs(single - 800).max() < 4.5 * np.sqrt(4000 * 0.2 * 0.8)
+    both = 4000 * 56 / 1560
+    assert np.abs(pairs - both).max() < 5 * np.sqrt(both)
 
 
 @pytest.mark.parametrize("items", [40, 1000])  # ranked as a whole; drawn and sifted
@@ -452,3 +541,20 @@ def test_the_candidates_of_a_question_are_those_that_it_names(own: Templates) ->
             named = made.candidates(of(own, "5-2"), prompt).tolist()
             assert named[0] == prompt.item
             assert sorted(named) == sorted(items_in(prompt.input))
+
+
+def test_no_rival_of_a_test_question_was_called_wrong_to_the_user_in_training(
+    own: Templates,
+) -> None:
+    data = shop([[n % 60 + 1 for n in range(u, u + 6)] for u in range(40)], items=60)
+    made = generator(data, own, PromptConfig(families="direct", candidates=8))
+    wrong: dict[int, set[str]] = {user: set() for user in range(40)}
+    for epoch in range(1, 30):
+        for example in made.train(0, epoch):
+            if example.template == "5-2":
+                shown = example.input.partition(" takes of ")[2].split(" , ")
+                wrong[example.user] |= {name for name in shown if name != example.target}
+    assert all(wrong.values())
+    for question in made.questions(of(own, "5-2"), "test"):
+        rivals = set(question.input.partition(" takes of ")[2].split(" , ")) - {question.target}
+        assert len(rivals) == 7 and not rivals & wrong[question.user]

@@ -1,5 +1,6 @@
 """The audit of prompts: it passes ours, and catches the leaks that it is there for."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_p5
 from p5_shop import generator, numbered, shop, templates
 
 from llmrec.data.audit.findings import Finding
@@ -20,9 +22,10 @@ from llmrec.prompting.audit import audit, largest_plus_one
 from llmrec.prompting.audit.leaks import Leaks, Names
 from llmrec.prompting.families import P5Template, load_family_templates
 from llmrec.prompting.indexing import Indexing, IndexingConfig, build_indexing
-from llmrec.prompting.p5 import Example, PromptConfig, PromptGenerator
+from llmrec.prompting.p5 import Example, PromptConfig, PromptGenerator, draws
 
 LEAK, LARGEST = "held-out items in training", "largest number + 1"
+NEVER = "items never named"
 Templates = tuple[P5Template, ...]
 
 
@@ -50,8 +53,13 @@ def everything(made: PromptGenerator, asked: Templates) -> Iterator[Example]:
             yield from made.questions(template, "test")
 
 
-@pytest.mark.parametrize("name", ["random", "sequential", "collaborative", "title"])
-@pytest.mark.parametrize("mention", ["id", "title", "both"])
+@pytest.mark.parametrize(
+    ("name", "mention"),
+    [
+        *itertools.product(["random", "sequential", "collaborative"], ["id", "title", "both"]),
+        ("title", "id"),
+    ],
+)
 def test_our_prompts_have_no_fault(
     name: str, mention: str, told: tuple[Dataset, Split, Templates]
 ) -> None:
@@ -63,9 +71,72 @@ def test_our_prompts_have_no_fault(
     asked = tuple(t for t in shipped if t.id in ("2-1", "2-8", "2-13", "5-8"))
     found = by_check(audit(everything(made, asked), data, cut, indexing, shipped))
     assert [f for f in found.values() if f.verdict == "fault"] == []
-    assert found[LEAK].verdict == found["answers name items"].verdict == "ok"
+    for check in (LEAK, "answers name items", "questions tell no answer", NEVER):
+        assert found[check].verdict == "ok"
     assert found[LEAK].of == made.count()
     assert found[LARGEST].verdict == ("skipped" if name in ("collaborative", "title") else "ok")
+
+
+@pytest.mark.parametrize("name", ["random", "collaborative", "title"])
+def test_items_that_are_never_called_wrong_are_a_leak_where_all_others_are_in_time(
+    name: str, told: tuple[Dataset, Split, Templates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cut, shipped = told
+    indexing = build_indexing(IndexingConfig(name=name), data, cut.train_end)  # type: ignore[arg-type]
+    config = PromptConfig(families="direct,sequential", candidates=20)
+    made = PromptGenerator(data, cut, indexing, shipped, config)
+
+    def never(epochs: int) -> Finding:
+        prompts = itertools.chain.from_iterable(made.train(0, epoch + 1) for epoch in range(epochs))
+        return by_check(audit(prompts, data, cut, indexing, shipped))[NEVER]
+
+    shelved = never(epochs=8)
+    assert shelved.verdict == "ok"
+    assert "(2." in shelved.found or "(1.9" in shelved.found  # half of the items never come up
+    monkeypatch.setattr(draws, "salt_of", lambda seed, user: None)  # wrong answers from all items
+    assert never(epochs=1).verdict == "ok"  # 200 of 290 items were drawn, or half of them
+    assert never(epochs=8).verdict == "fault"
+
+
+def test_a_guess_among_what_was_never_named_is_reckoned_by_hand(own: Templates) -> None:
+    # Six items. The first user was trained on 1 and 2, is tested on 4 and never met 3 to 6; the
+    # second was trained on 3, 1 and 2; the third meets an old item again, the fourth has no prompt.
+    data = shop([[1, 2, 3, 4], [3, 1, 2, 5, 6], [1, 2, 3, 1], [6, 5, 4, 3]], items=6)
+    cut, names = split(data, SplitConfig()), numbered(6)
+    choice = Example("item_1 then of item_5 , item_2 one", "item_2", "s", "2-2", 0, 2, "train")
+    judge = Example("item_1 then item_6?", "no", "s", "2-3", 0, 6, "train")
+    other = Example("After item_3 comes", "item_1", "s", "2-1", 1, 1, "train")
+    third = other._replace(user=2)
+    found = by_check(audit([choice, judge, other, third], data, cut, names, own))[NEVER]
+    # Never named to the first: 3 and 4, of four never met; to the second: 4, 5, 6, of as many.
+    assert found.of == 2
+    assert f"HR@1 {(1 / 2 + 1 / 3) / 2:.4f}, by chance {(1 / 4 + 1 / 3) / 2:.4f}" in found.found
+    assert by_check(audit([], data, cut, names, own))[NEVER].verdict == "skipped"
+
+
+def test_questions_that_tell_their_answer_outside_the_candidates_are_a_fault(
+    own: Templates,
+) -> None:
+    data = shop([[1, 2, 4, 3, 5], [1, 2, 4, 3, 2]], titles={5: "Kettle"})
+    cut, names = split(data, SplitConfig()), numbered(30)
+
+    def told_in(text: str, template: str, user: int = 0, item: int = 5) -> Finding:
+        asked = Example(text, f"item_{item}", "s", template, user, item, "test")
+        return by_check(audit([asked], data, cut, names, own))["questions tell no answer"]
+
+    for text, template in (
+        ("After item_1, item_3 comes", "2-1"),
+        ("After item_1, item_50 comes", "2-1"),
+        ("item_3 then of item_7 , item_5 one", "2-2"),
+    ):
+        assert told_in(text, template).verdict == "ok"
+    for text, template in (
+        ("After item_1, item_5 comes", "2-1"),
+        ("After Thing 1 -> Kettle comes", "2-1"),
+        ("item_5 then of item_7 , item_5 one", "2-2"),
+    ):
+        assert told_in(text, template).verdict == "fault"
+    assert told_in("After item_2, item_3 comes", "2-1", user=1, item=2).verdict == "ok"
 
 
 def test_largest_plus_one_counts_the_targets_that_follow_the_largest_number() -> None:
@@ -302,6 +373,43 @@ def test_a_file_of_ours_passes_by_the_names_that_lie_beside_it(
 def test_prompts_are_made_where_no_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(SMALL) == 0
     assert "test: 19 seen, 2 held out; train: 19 seen, 0 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fit_on", ["train", "train+valid"])
+def test_what_a_run_was_trained_on_is_made_again(
+    fit_on: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read: list[tuple[int, int, list[Example]]] = []
+    whole: Callable[..., Iterator[Example]] = PromptGenerator.train
+
+    def noted(self: PromptGenerator, seed: int, epoch: int = 1) -> Iterator[Example]:
+        read.append((seed, epoch, list(whole(self, seed, epoch))))
+        return iter(read[-1][2])
+
+    monkeypatch.setattr(PromptGenerator, "train", noted)
+    run = small_p5.train(tmp_path / "run", run__seed=3, run__fit_on=fit_on, prompts__candidates=20)
+    # Epoch 0 is what the tokenizer is learned from; without refitting, the first stage counts.
+    trained = [one for one in read if one[1] > 0 and one[0] == 6 + (fit_on == "train+valid")]
+    assert trained
+    read.clear()
+    capsys.readouterr()
+    assert command.main(["--run", str(run)]) == 0
+    assert read == trained
+    assert "0 of " in capsys.readouterr().out
+    read.clear()
+    assert command.main(["--run", str(run), "--epochs", "1"]) == 0
+    assert read == trained[:1]
+    for words, message in (
+        (["--run", str(run), "--seed", "1"], "--run tells all but --epochs: leave out --seed"),
+        (["--run", str(tmp_path / "none")], "none"),
+        (["--files", "p.jsonl", "--epochs", "2"], "--epochs is of prompts that are made"),
+        (["--epochs", "0"], "use 1 epoch or more"),
+    ):
+        assert command.main(words) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_parquet_file_reads_as_the_lines_do(

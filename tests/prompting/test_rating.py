@@ -16,6 +16,8 @@ from llmrec import checkpoints
 from llmrec.data.readers import load_dataset
 from llmrec.evaluation.result import read_result
 from llmrec.prompting.rating import configure, main, reader_of
+from llmrec.prompting.rating_models import COUNTED
+from llmrec.reporting.tables import main as compare
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "red green blue shoe boot hat coat scarf summer winter rain snow".split()
@@ -55,7 +57,10 @@ def title(item):
 
 def argv(data, folder, **changes):
     named = {name.replace("__", "."): value for name, value in changes.items()}
-    options = SMALL | {"data.source": str(data), "run.folder": str(folder)} | named
+    small = SMALL
+    if named.get("model.name") in COUNTED:  # which refuse what only training reads
+        small = {name: value for name, value in SMALL.items() if name.startswith("data.")}
+    options = small | {"data.source": str(data), "run.folder": str(folder)} | named
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in options.items()
@@ -93,11 +98,19 @@ def test_a_mean_s_row_is_the_mean_that_every_result_shows_beside_its_own(made, t
 
 def test_what_taste_decides_a_transformer_finds_and_means_do_not(made, tmp_path, figure):
     found = {
-        name: rmse(rate(made, tmp_path / name, model__name=name, model__dropout=0.0, **more))
+        name: rmse(rate(made, tmp_path / name, model__name=name, **more))
         for name, more in (
             ("item_mean", {}),
             ("bias", {}),
-            ("transformer_mlp", {"optim__epochs": 12, "optim__lr": 0.01, "optim__patience": 12}),
+            (
+                "transformer_mlp",
+                {
+                    "model__dropout": 0.0,
+                    "optim__epochs": 12,
+                    "optim__lr": 0.01,
+                    "optim__patience": 12,
+                },
+            ),
         )
     }
     figure("RMSE on the made table", {name: round(value, 3) for name, value in found.items()})
@@ -268,6 +281,11 @@ def test_a_finished_run_is_not_overwritten_unasked(made, tmp_path):
         ({"model__name": "language_model", "model__template": "rating/star"}, "rating/stars"),
         ({"model__name": "language_model", "model__template": "chat/rating"}, "model.template"),
         ({"model__name": "svd"}, "model.name"),
+        ({"model__name": "bias", "optim__lr": 0.5}, "optim.lr=0.5 means nothing to model.name"),
+        ({"model__name": "bias", "model__head": "classification"}, "model.head"),
+        ({"model__name": "bias", "run__select": "MAE"}, "run.select=MAE"),
+        ({"model__name": "item_mean", "encoder__layers": 2}, "encoder.layers=2"),
+        ({"model__name": "item_mean", "model__item_shrinkage": 1.0}, "model.item_shrinkage"),
         ({"run__select": "HR@10"}, "run.select"),
         ({"model__heed": 1}, "model.head"),
     ],
@@ -308,10 +326,13 @@ def test_every_rating_row_of_the_shipped_suite_configures(tmp_path, monkeypatch)
     suite = yaml.safe_load((ROOT / "eval" / "ratings.yaml").read_text())
     rows = [row for row in suite["rows"].values() if row.pop("program", "train") == "rating"]
     assert len(rows) == 7
+    shared = ["--optim.training_pairs=all", "--encoder.max_item_tokens=256"]
+    assert " ".join(shared).replace("=", " ") in (ROOT / "eval" / "ratings.yaml").read_text()
     for number, row in enumerate(rows):
         file = tmp_path / f"{number}.yaml"
         file.write_text(yaml.safe_dump(suite["base"] | nested(row)))
         configure(["--config", str(file)])
+        configure(["--config", str(file), *shared])  # as on a GPU
 
 
 def nested(row):
@@ -320,6 +341,40 @@ def nested(row):
         group, _, option = name.partition(".")
         deep[group] = {option: value} if option else value
     return deep
+
+
+def test_the_offsets_own_shrinkage_is_read(made, tmp_path):
+    plain = rate(made, tmp_path / "plain", model__name="bias")
+    other = rate(made, tmp_path / "other", model__name="bias", model__item_shrinkage=50.0)
+    assert rmse(plain) != rmse(other)
+
+
+def test_ten_points_have_errors_but_no_auc(tmp_path):
+    frame = pl.read_csv(table(tmp_path))
+    frame.with_columns(rating=2 * pl.col("rating")).write_csv(tmp_path / "ten.csv")
+    five = rate(tmp_path / "made.csv", tmp_path / "five", model__name="item_mean")
+    ten = rate(tmp_path / "ten.csv", tmp_path / "ten", model__name="item_mean")
+    assert rmse(ten) == pytest.approx(2 * rmse(five))
+    assert five.record["metrics"]["test"]["AUC"]["mean"] is not None
+    assert ten.record["metrics"]["test"]["AUC"] == {"mean": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"run__fit_on": "train+valid"}, "differ in fit_on (train and train+valid)"),
+        ({"split__method": "temporal", "split__valid_share": 0.2, "split__test_share": 0.2},
+         "differ in the test users and targets"),
+    ],
+)  # fmt: skip
+def test_rating_runs_under_other_rules_share_no_table(tmp_path, capsys, options, words):
+    data = table(tmp_path)
+    frame = pl.read_csv(data)
+    frame.with_columns(timestamp=1_000_000 + 1000 * pl.col("position")).write_csv(data)
+    rate(data, tmp_path / "one", model__name="bias")
+    rate(data, tmp_path / "two", model__name="item_mean", **options)
+    assert compare([str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

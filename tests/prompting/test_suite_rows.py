@@ -7,6 +7,8 @@ import yaml
 from small_p5 import SMALL
 
 from llmrec.evaluation.suite import main
+from llmrec.reporting.tables import main as compare
+from llmrec.score import main as score
 
 DATA = {"data.simulated.users": 61, "data.simulated.items": 240, "data.simulated.reviews": True}
 P5 = {name: value for name, value in SMALL.items() if not name.startswith("data.")}
@@ -98,3 +100,36 @@ def test_contrasts_between_rating_rows_are_refused(tmp_path, rated, capsys):
     path.write_text(yaml.safe_dump(content | {"out": str(rated[0] / "runs")}))
     assert main([str(path)]) == 2
     assert "contrasts" in capsys.readouterr().err
+
+
+def test_seeds_of_a_rating_row_are_one_row(rated):
+    folder, path = rated
+    assert main([path, "--seeds", "0,1"]) == 0
+    table = json.loads((folder / "runs" / "table.json").read_text())
+    told = {row["label"]: row for row in table["ratings"]}
+    assert len(told) == len(table["ratings"]) == 5
+    assert told["network"]["seeds"] == [0, 1] and told["bias"]["seeds"] == [0]
+    found = [
+        json.loads((folder / "runs" / f"network-{seed}" / "result.json").read_text())["metrics"]
+        for seed in (0, 1)
+    ]
+    errors = [metrics["test"]["RMSE"]["mean"] for metrics in found]
+    assert told["network"]["metrics"]["RMSE"]["mean"] == pytest.approx(sum(errors) / 2)
+
+
+def test_measures_of_rankings_are_refused_of_rating_runs(rated, capsys):
+    folders = [str(rated[0] / "runs" / name) for name in ("bias-0", "item_mean-0")]
+    assert compare(folders) == 0
+    assert compare([*folders, "--measures", "HR@10"]) == 2
+    assert "measures is about rows that rank" in capsys.readouterr().err
+
+
+def test_scoring_again_points_a_p5_run_to_its_own_command(ranked, capsys):
+    run = ranked[0] / "runs" / "P5-0"
+    assert score(["--run", str(run), "--pool.size", "20"]) == 2
+    assert f"Use llmrec p5 ask --run {run} --pool.size 20." in capsys.readouterr().err
+
+
+def test_a_rating_run_is_not_scored_as_a_ranking(rated, capsys):
+    assert score(["--run", str(rated[0] / "runs" / "network-0")]) == 2
+    assert "predicts ratings and ranks nothing" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.data.audit.findings import Finding
+from llmrec.data.audit.findings import Finding, Verdict
 from llmrec.data.interactions import Cases, Dataset, Split
 from llmrec.prompting.indexing import Indexing
 from llmrec.prompting.p5 import Example
@@ -85,7 +85,7 @@ class Absence:
             "draw wrong answers of a user from a fixed part of the items only, or fewer of them "
             "(prompts.candidates)"
         )
-        verdict = "fault" if fault else "ok"
+        verdict: Verdict = "fault" if fault else "ok"
         return Finding(CHECK, verdict, found, round(hits), cases, remedy=remedy if fault else "")
 
     def _fresh(self, cut: Split) -> Cases:

@@ -84,10 +84,12 @@ class PromptAudit:
         self._index = ["", *indexing.mentions]
         self._names = Names(self._index)
         self._absence = Absence(dataset, cut, indexing)
-        self._ends = {
-            part: dict(zip(cases.user.tolist(), cases.end.tolist(), strict=True))
-            for part, cases in (("valid", cut.valid), ("test", cut.test))
-        }
+        self._ends: dict[str, Int64] = {}
+        """One past what a user's question may tell, by part, (U,); the user's first place where
+        there is no such question."""
+        for part, cases in (("valid", cut.valid), ("test", cut.test)):
+            self._ends[part] = dataset.interactions.offsets[:-1].copy()
+            self._ends[part][cases.user] = cases.end
         self._parts: Counter[str] = Counter()
         self._found: Counter[str] = Counter()
         self._leaky: Counter[str] = Counter()
@@ -130,9 +132,8 @@ class PromptAudit:
         given = values.split("\n")
         if chooses:
             given.remove(max(given, key=lambda value: value.count(BETWEEN_CANDIDATES)))
-        interactions, end = self._dataset.interactions, self._ends[prompt.split].get(prompt.user)
-        start = interactions.offsets[prompt.user]
-        met = interactions.items[start : start if end is None else end].tolist()
+        interactions, end = self._dataset.interactions, self._ends[prompt.split][prompt.user]
+        met = interactions.items[interactions.offsets[prompt.user] : end].tolist()
         if self._leaks.tells(prompt, "\n".join(given), met):
             self._count("told", prompt)
 

@@ -28,7 +28,7 @@ from llmrec.prompting.p5.kinds import (
     kinds,
     needs,
 )
-from llmrec.prompting.p5.words import LIKED, Words
+from llmrec.prompting.p5.words import LIKED, MOST_STARS, STAR_RANGE, Words
 
 __all__ = ["Example", "PerUser", "PromptConfig", "PromptGenerator", "Words"]
 
@@ -77,8 +77,14 @@ class PromptGenerator:
 
         Raises:
             UsageError: A family asked for by name needs what the data lacks, no family can be
-                asked about, or there are fewer items than candidates.
+                asked about, there are fewer items than candidates, or items that are called by
+                titles are to be mentioned by titles besides.
         """
+        if indexing.name == "title" and config.mention != "id":
+            raise UsageError(
+                f"prompts.mention={config.mention} with indexing.name=title: items are called by "
+                "their titles already; leave prompts.mention out or use another indexing.name."
+            )
         self.dataset, self.cut, self.config = dataset, cut, config
         self.train_end = cut.train_end if train_end is None else train_end
         wanted = {name for template in templates for name in needs(template)}
@@ -90,6 +96,10 @@ class PromptGenerator:
         self.kinds = self._chosen(templates)
         self.users = {one.name: self._users_of(one) for one in self.kinds}
         """Users who have what a kind of prompt asks about; the others are skipped."""
+        self.crowded = self._crowded()
+        """Users who never met fewer than twice the wrong answers of a prompt: more than half of
+        these items are called wrong to them, so the held-out ones stand out by never being named.
+        0 where no training prompt names candidates."""
 
     def count(self) -> int:
         """Prompts of an epoch."""
@@ -143,7 +153,7 @@ class PromptGenerator:
         """Why no case of a part can be asked with a template; empty where one can."""
         cases = self.cut.valid if part == "valid" else self.cut.test
         if _usable(template)[self._present[cases.target]].any():
-            return ""
+            return self._too_few((template,), part)
         return self._lack(template.family, (template,), f"no {part} case has")
 
     def can_ask(self, template: P5Template, row: int) -> bool:
@@ -167,6 +177,8 @@ class PromptGenerator:
         part: Part = "train"
         if target >= self.train_end[user]:
             part = "valid" if target in self.cut.valid.target else "test"
+        if reason := self._too_few((template,), part):
+            raise UsageError(reason)
         return self._render(template, user, end, target, self._draw_one(template, user, part))
 
     def _chosen(self, templates: Sequence[P5Template]) -> tuple[Kind, ...]:
@@ -183,14 +195,26 @@ class PromptGenerator:
             found += fed
         if not found:
             raise UsageError(f"prompts.families=auto: {' '.join(self.left_out.values())}")
-        available = len(self._shelves.all["train"].items)
-        chooses = any("candidates" in one.inputs for kind in found for one in kind.templates)
-        if chooses and available < self.config.candidates:
-            raise UsageError(
-                f"prompts.candidates={self.config.candidates}, but there are {available:,} items "
-                "to choose from. Use fewer."
-            )
+        asked = [template for kind in found for template in kind.templates]
+        if reason := self._too_few(asked, "train"):
+            raise UsageError(reason)
         return tuple(found)
+
+    def _too_few(self, templates: Sequence[P5Template], part: Part) -> str:
+        """Why candidates cannot be named, in one sentence; empty where none are or there are."""
+        available = len(self._shelves.all[part].items)
+        if available >= self.config.candidates or not _choose(templates):
+            return ""
+        return (
+            f"prompts.candidates={self.config.candidates}, but there are {available:,} items to "
+            "choose from. Use fewer."
+        )
+
+    def _crowded(self) -> int:
+        if not any(_choose(kind.templates) for kind in self.kinds):
+            return 0
+        unmet = len(self._shelves.all["train"].items) - self._interactions.lengths  # (U,)
+        return int((unmet < 2 * (self.config.candidates - 1)).sum())
 
     def _lack(self, family: str, templates: Sequence[P5Template], who: str) -> str:
         """Why nothing can be asked, and the way out, in one sentence."""
@@ -202,6 +226,12 @@ class PromptGenerator:
         missing = [
             WAYS_OUT[name] for name in wanted if not (self._present >> TOLD.index(name) & 1).any()
         ]
+        if WAYS_OUT["stars"] in missing and self.words.unlike_stars:
+            return (
+                f"prompts.families: {family} needs ratings of {STAR_RANGE[0]:g} to "
+                f"{STAR_RANGE[1]:g} stars, at most {MOST_STARS} different ones, and those of this "
+                f"data are {self.words.unlike_stars}; rescale them or leave the family out."
+            )
         if missing:
             return (
                 f"prompts.families: {family} needs {', '.join(missing)}, which this data does not "
@@ -280,6 +310,11 @@ class PromptGenerator:
         if target == "like_dislike":
             return "like" if float(self.words.stars_of(row)) >= LIKED else "dislike"
         return self.words.text_of(row, target)
+
+
+def _choose(templates: Sequence[P5Template]) -> bool:
+    """Whether any of them names candidates."""
+    return any("candidates" in template.inputs for template in templates)
 
 
 def _usable(template: P5Template) -> Bool:

@@ -44,15 +44,19 @@ class PromptConfig:
     """Folder of own templates, FAMILY/ID.jinja, used instead of the shipped ones; empty: these."""
     mention: Literal["id", "title", "both"] = "id"
     """How items stand in histories and questions; candidates and answers are always the index.
-    An item without a title is mentioned by its index."""
+    An item without a title is mentioned by its index. title and both are for items that are not
+    called by their titles already (indexing.name)."""
     history_items: int = 20
     """Items of a history that are shown, the last ones."""
     candidates: int = 100
-    """Items to choose from, the answer included."""
+    """Items to choose from, the answer included. In training the wrong ones of a user come from a
+    half of the items that never changes, so that what is never named is not the held-out ones
+    alone; more than half where that is too few."""
     per_user: PerUser = field(default_factory=PerUser)
     """Prompts of one user in one epoch."""
     seed: int = 0
-    """Of the candidates and the yes/no questions of validation and test."""
+    """Of the candidates and the yes/no questions of validation and test, and of the half of the
+    items that a user's wrong answers in training come from."""
 
     def __post_init__(self) -> None:
         """Refuse sizes and names that make no prompt."""

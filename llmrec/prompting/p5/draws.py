@@ -50,23 +50,30 @@ class Shelf:
         self._taken: Bool = np.zeros(len(candidates), dtype=np.bool_)
 
     def draw(
-        self, rng: Generator, blocked: Int32, rows: int, wanted: int, salt: Salt | None = None
+        self,
+        rng: Generator,
+        blocked: Int32,
+        rows: int,
+        wanted: int,
+        salt: Salt | None = None,
+        other_half: bool = False,
     ) -> Int64:
         """Distinct items a row, none of them blocked, (rows, wanted); fewer where no more are.
 
-        Where the salt's half holds fewer than are wanted, the next by hash are added to it.
+        Where the salt's half (or the other one) holds fewer than are wanted, the next by hash are
+        added to it.
         """
         self._taken[blocked] = True
         try:
             if len(self.items) < 4 * (wanted + len(blocked)):
-                return self._exact(rng, rows, wanted, salt)
+                return self._exact(rng, rows, wanted, salt, other_half)
             # Some more than wanted: at least three of four are neither blocked nor repeated, and
             # with a salt half of these are on the shelf.
             width = (wanted + wanted // 2 if salt is None else 3 * wanted) + 16
             drawn = self.items[rng.integers(len(self.items), size=(rows, width))]
             bad = self._taken[drawn]
             if salt is not None:
-                bad |= _hashes(drawn, salt) >= HALF
+                bad |= _hashes(drawn, salt, other_half) >= HALF
             if wanted > 1:
                 order = np.argsort(drawn, axis=1, kind="stable")
                 ranked = np.take_along_axis(drawn, order, axis=1)
@@ -75,15 +82,17 @@ class Shelf:
             first = np.argsort(bad, axis=1, kind="stable")[:, :wanted]
             found = np.take_along_axis(drawn, first, axis=1)
             for short in np.flatnonzero(width - bad.sum(axis=1) < wanted):
-                found[short] = self._exact(rng, 1, wanted, salt)[0]
+                found[short] = self._exact(rng, 1, wanted, salt, other_half)[0]
             return found
         finally:
             self._taken[blocked] = False
 
-    def _exact(self, rng: Generator, rows: int, wanted: int, salt: Salt | None) -> Int64:
+    def _exact(
+        self, rng: Generator, rows: int, wanted: int, salt: Salt | None, other_half: bool
+    ) -> Int64:
         free = self.items[~self._taken[self.items]]  # (F,)
         if salt is not None:
-            hashes = _hashes(free, salt)
+            hashes = _hashes(free, salt, other_half)
             on = max(wanted, int((hashes < HALF).sum()))
             free = free[np.argsort(hashes, kind="stable")[:on]]
         order = np.argsort(rng.random((rows, len(free))), axis=1)[:, :wanted]
@@ -97,8 +106,11 @@ def salt_of(seed: int, user: int) -> Salt:
     return salt
 
 
-def _hashes(items: Int64, salt: Salt) -> NDArray[np.uint64]:
-    """A number of all 64 bits for each item: SplitMix64 (Steele, Lea and Flood 2014)."""
+def _hashes(items: Int64, salt: Salt, other_half: bool) -> NDArray[np.uint64]:
+    """A number of all 64 bits for each item: SplitMix64 (Steele, Lea and Flood 2014).
+
+    For the other half the same from above: what was below the middle is above it.
+    """
     mixed = items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed += salt
     mixed ^= mixed >> np.uint64(30)
@@ -106,7 +118,7 @@ def _hashes(items: Int64, salt: Salt) -> NDArray[np.uint64]:
     mixed ^= mixed >> np.uint64(27)
     mixed *= np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
-    return mixed
+    return ~mixed if other_half else mixed
 
 
 class Shelves:
@@ -144,7 +156,9 @@ class Shelves:
 
         In training, wrong answers come from a half of the items that is the user's own and never
         changes. So after any number of epochs an item that the user was never told is wrong is
-        held out about as rarely as any other: of the rest of the items, half were never told.
+        held out about as rarely as any other: of the rest of the items, half were never told. The
+        questions of validation and test draw from the other half: a rival that the user was told
+        is wrong could be ruled out by memory.
 
         Args:
             rng: The chance.
@@ -156,20 +170,22 @@ class Shelves:
                 and a test that offers an item of the user's as wrong has two right answers.
             count: Prompts.
         """
-        salt = salt_of(self._seed, user) if part == "train" else None
+        half = salt_of(self._seed, user), part != "train"
         truly = (rng.random(count) < 0.5).tolist()
         luck, seats = rng.random(count).tolist(), rng.random(count).tolist()
         rivals: list[list[int]] = [[]] * count
         others = titled = [0] * count
         if any("candidates" in template.inputs for template in templates):
-            rivals = self.all[part].draw(rng, met, count, self._rivals, salt).tolist()
+            rivals = self.all[part].draw(rng, met, count, self._rivals, *half).tolist()
         if any(asks_about_another(template) for template in templates):
-            others = _one_each(self.all[part], rng, met, count, salt)
-            titled = _one_each(self._titled[part], rng, met, count, salt)
+            others = _one_each(self.all[part], rng, met, count, half)
+            titled = _one_each(self._titled[part], rng, met, count, half)
         columns = zip(truly, luck, seats, rivals, others, titled, strict=True)
         return [Draw(part, *values) for values in columns]
 
 
-def _one_each(shelf: Shelf, rng: Generator, met: Int32, count: int, salt: Salt | None) -> list[int]:
-    drawn = shelf.draw(rng, met, count, 1, salt)  # (count, 1), or (count, 0) where none is left
+def _one_each(
+    shelf: Shelf, rng: Generator, met: Int32, count: int, half: tuple[Salt | None, bool]
+) -> list[int]:
+    drawn = shelf.draw(rng, met, count, 1, *half)  # (count, 1), or (count, 0) where none is left
     return drawn[:, 0].tolist() if drawn.shape[1] else [0] * count

@@ -53,12 +53,13 @@ class Words:
         self.titles = ["", *map(displayed, dataset.catalog.texts)]
         """(N + 1,); empty where it has none."""
         self.titled: Bool = np.array([bool(title) for title in self.titles])
-        # Names made of titles tell items of one title apart, which the titles do not.
-        self.told = self._as_told("id" if indexing.name == "title" else config.mention)
+        self.told = self._as_told(config.mention)
         """What item i is mentioned by, (N + 1,)."""
         # A title may hold commas, but never a ">".
         numbers = config.mention == "id" and indexing.name != "title"
         self.between = ", " if numbers else " -> "
+        self.unlike_stars = ""
+        """What the ratings are, where there are some and they are no stars."""
         self.stars = self._star_values(train_end)
         """The ratings of the training part, ascending; none where they are no stars."""
         self.present = self._bits(wanted)
@@ -106,11 +107,15 @@ class Words:
         if ratings is None:
             return ()
         known = ratings[~np.isnan(ratings)]
-        if not len(known) or known.min() < STAR_RANGE[0] or known.max() > STAR_RANGE[1]:
+        if not len(known):
             return ()
         trained = np.arange(len(ratings)) < np.repeat(train_end, self._interactions.lengths)
         values = np.unique(ratings[trained & ~np.isnan(ratings)])
-        return tuple(f"{value:g}" for value in values) if len(values) <= MOST_STARS else ()
+        low, high = known.min(), known.max()
+        if low < STAR_RANGE[0] or high > STAR_RANGE[1] or len(values) > MOST_STARS:
+            self.unlike_stars = f"{low:g} to {high:g}, {len(values):,} different ones in training"
+            return ()
+        return tuple(f"{value:g}" for value in values)
 
     def _bits(self, wanted: Collection[str]) -> NDArray[np.uint8]:
         bits = np.zeros(len(self._interactions.items), dtype=np.uint8)
