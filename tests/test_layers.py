@@ -25,7 +25,7 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "models encoders.tower encoders.tuned encoders.store "
     "encoders.halves encoders.prefix data.batches prompting.families prompting.p5 "
     "prompting.indexing prompting.trie prompting.decoding prompting.templates prompting.tokens "
-    "prompting.language_model prompting.asking",
+    "prompting.pretrained prompting.language_model prompting.asking",
     # models.recommender joins a tower and a user model
     "evaluation.result models.recommender models.sharding evaluation.card "
     "prompting.rating_config prompting.rating_data prompting.rating_language "

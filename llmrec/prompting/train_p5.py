@@ -67,13 +67,9 @@ from llmrec.prompting.asking import (
 )
 from llmrec.prompting.families import P5Template, load_family_templates
 from llmrec.prompting.indexing import Indexing, IndexingConfig, build_indexing, save_indexing
-from llmrec.prompting.language_model import (
-    LanguageModel,
-    LanguageModelConfig,
-    load_tokenizer,
-    located,
-)
+from llmrec.prompting.language_model import LanguageModel
 from llmrec.prompting.p5 import Example, PromptConfig, PromptGenerator
+from llmrec.prompting.pretrained import LanguageModelConfig, load_tokenizer, located
 from llmrec.prompting.tokens import train_tokenizer
 from llmrec.prompting.trie import Trie
 from llmrec.questions import pool_cases
@@ -95,6 +91,8 @@ PROG, DESCRIPTION = (
 )
 TOKENIZER_PROMPTS = 50_000
 """Training prompts that the tokenizer of a new model is learned from, at most."""
+LISTED = tuple(measure for measure in MEASURES if measure.cutoff)
+"""What lists have; an AUC reads a full ranking."""
 INDEXING, TOKENIZER = "indexing.json", "tokenizer.json"
 
 
@@ -551,7 +549,7 @@ def ask_test(task: Task, learner: Learner) -> Tested:
             listed, useless = ranking, answers
             if template.id != main_one.id:
                 listed, useless = ask_items(task, learner, template, "test")
-            values = {name: value for name, value in metrics_of(listed).items() if name != "AUC"}
+            values = metrics_of(listed, LISTED)
             found[template.id] = about | {"cases": len(listed), "measures": values} | useless
             if listed is not ranking:
                 found[template.id]["less the ranked prompt"] = differences(listed, ranking)
@@ -572,10 +570,7 @@ def differences(listed: Ranking, ranked: Ranking) -> dict[str, Any]:
 def finish(task: Task, learner: Learner, cost: dict[str, Any], tested: Tested) -> None:
     """Write per-user values and the result, and say the main figures."""
     config = task.config
-    cost |= {
-        "answer_seconds": tested.seconds,
-        "encoder": about_model(task),
-    }
+    cost |= {"answer_seconds": tested.seconds, "encoder": about_model(task)}
     facts = run_facts(config, task.accelerator, cost, config.evaluation.filter_seen)
     learned = fit_ends(task.dataset.interactions, config.split, config.run.fit_on)
     result = build_result(
@@ -583,7 +578,7 @@ def finish(task: Task, learner: Learner, cost: dict[str, Any], tested: Tested) -
         task.dataset,
         task.split,
         {"test": tested.ranking},
-        [measure for measure in MEASURES if measure.cutoff],  # lists have no AUC
+        LISTED,
         learned_end=learned,
         pools=task.pools,
     )

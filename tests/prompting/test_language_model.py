@@ -19,8 +19,8 @@ from llmrec.encoders.tuning import LoraOptions
 from llmrec.errors import UsageError
 from llmrec.models.optim import OptimConfig, build_optimizer
 from llmrec.prompting.decoding import choice_log_probs
-from llmrec.prompting.language_model import (
-    LanguageModel,
+from llmrec.prompting.language_model import LanguageModel
+from llmrec.prompting.pretrained import (
     LanguageModelConfig,
     ScratchConfig,
     load_tokenizer,
