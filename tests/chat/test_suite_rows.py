@@ -11,6 +11,14 @@ import yaml
 
 from llmrec.evaluation.suite import main
 
+P5 = {
+    "program": "p5",
+    "prompts": {"families": "sequential", "per_user": {"next": 2, "choose": 0, "judge": 0}},
+    "model": {"name": "scratch:t5", "scratch": {"width": 16, "layers": 1, "heads": 2}},
+    "optim": {"epochs": 1, "batch_size": 32},
+    "decoding": {"others": "none", "valid_cases": 20},
+}
+
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -30,7 +38,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "rows": {
                 "random": {"model.name": "random"},
                 "popularity": {"model.name": "popularity"},
-                "P5": {"program": "p5"},
+                "P5": P5,
                 "chat": {"program": "chat"},
             },
         }  # fmt: skip
@@ -45,20 +53,17 @@ def table(tmp_path: Path) -> dict[str, Any]:
     return dict(json.loads((tmp_path / "out" / "table.json").read_text()))
 
 
-def test_chat_rows_stand_beside_trained_ones_and_rows_not_built_are_named(
-    tmp_path, suite, capsys
-) -> None:
+def test_chat_rows_stand_beside_trained_ones(tmp_path, suite, capsys) -> None:
     with fault_server.serving() as server:
         assert main([suite(server.base_url)]) == 0
         assert server.sent.total() == 40
         found = table(tmp_path)
-        assert [row["label"] for row in found["rows"]] == ["random", "popularity", "chat"]
+        assert [row["label"] for row in found["rows"]] == ["random", "popularity", "P5", "chat"]
         assert found["rows"][0]["metrics"]["HR@1"]["mean"] == 0.25
         assert found["protocol"]["candidates"] == 4
-        assert found["missing"] == ["P5 (P5-style models)"]
-        assert found["contrasts_lost"] == ["P5 - chat"]
+        assert [(pair["a"], pair["b"]) for pair in found["contrasts"]][1] == ("P5", "chat")
         shown = capsys.readouterr().out
-        assert "P5 (P5-style models)" in shown and "tokens in" in shown
+        assert "tokens in" in shown
         assert main([suite(server.base_url)]) == 0  # finished runs are kept
         assert server.sent.total() == 40
     assert "finished before, kept" in capsys.readouterr().out
@@ -86,14 +91,13 @@ def test_another_model_over_finished_runs_is_refused_by_name(tmp_path, suite, ca
 def test_a_chat_row_whose_server_is_away_fails_alone(tmp_path, suite, capsys) -> None:
     assert main([suite("http://127.0.0.1:9/v1")]) == 1
     assert "nothing answers at --server.base_url" in capsys.readouterr().out
-    assert [row["label"] for row in table(tmp_path)["rows"]] == ["random", "popularity"]
+    assert [row["label"] for row in table(tmp_path)["rows"]] == ["random", "popularity", "P5"]
 
 
 def test_rows_may_be_left_out(tmp_path, suite, capsys) -> None:
     path = suite("http://127.0.0.1:9/v1")
     assert main([path, "--without=chat,P5"]) == 0
     assert [row["label"] for row in table(tmp_path)["rows"]] == ["random", "popularity"]
-    assert table(tmp_path)["missing"] == []
     assert main([path, "--without=popularity"]) == 2
     assert "every row is compared with this one" in capsys.readouterr().err
     assert main([path, "--without=chta"]) == 2
@@ -129,7 +133,7 @@ def test_rating_rows_have_a_table_of_their_own(tmp_path, suite, capsys) -> None:
     ("changes", "sentence"),
     [
         ({"rows": {"popularity": {}, "x": {"program": "chta"}}}, "did you mean chat?"),
-        ({"baseline": "P5"}, "the baseline 'P5' is not built yet"),
+        ({"baseline": "P6"}, "names 'P6', which is no row: did you mean P5?"),
         ({"rows": {"popularity": {}, "chat": {"program": "chat", "chat.taks": "pick"}}},
          "unknown option --chat.taks: did you mean chat.task?"),
         ({"base": {"server.modle": "x"}}, "did you mean"),
