@@ -35,14 +35,14 @@ class LoraOptions:
     rslora: bool = False
     """Whether the scale is alpha / sqrt(rank), which keeps large ranks useful."""
 
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+    def check(self, option: str) -> None:
+        """Refuse values without a meaning; `option` is what the group is called there."""
         if self.rank < 1 or (self.layers != "all" and self.layers < 1):
-            raise UsageError("lora.rank and lora.layers must be at least 1.")
+            raise UsageError(f"{option}.rank and {option}.layers must be at least 1.")
         if not self.alpha > 0:
-            raise UsageError(f"lora.alpha={self.alpha} must be above 0.")
+            raise UsageError(f"{option}.alpha={self.alpha} must be above 0.")
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"lora.dropout={self.dropout} must lie in [0, 1).")
+            raise UsageError(f"{option}.dropout={self.dropout} must lie in [0, 1).")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class TunableEncoder(EncoderConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot be tuned, and options that the mode would ignore."""
         super().__post_init__()
+        self.lora.check("encoder.lora")
         mode, _, count = self.tune.partition(":")
         counted = mode == "top" and count.isdecimal() and int(count) > 0
         if self.tune not in ("frozen", "lora", "qlora", "full") and not counted:
@@ -182,7 +183,7 @@ def make_trainable(encoder: TextEncoder, config: TunableEncoder) -> None:
         for block in tuned:
             block.requires_grad_(True)
     else:
-        add_adapters(encoder.model, tuned, config.lora, config.model)
+        add_adapters(encoder.model, tuned, config.lora, config.model, "encoder.lora")
     if config.checkpointing:
         if not cast(PreTrainedModel, encoder.model).supports_gradient_checkpointing:
             raise UsageError(
@@ -195,7 +196,7 @@ def make_trainable(encoder: TextEncoder, config: TunableEncoder) -> None:
 
 
 def add_adapters(
-    model: nn.Module, blocks: Sequence[nn.Module], options: LoraOptions, name: str
+    model: nn.Module, blocks: Sequence[nn.Module], options: LoraOptions, name: str, option: str
 ) -> None:
     """Put low-rank adapters beside the linear layers of some blocks; all else is frozen.
 
@@ -204,6 +205,7 @@ def add_adapters(
         blocks: parts of it.
         options: rank, scale and which linear layers.
         name: what the user calls the model, for error messages.
+        option: what the options are called there, such as encoder.lora.
     """
     from peft import LoraConfig, LoraModel  # seconds to import, which frozen runs need not wait for
 
@@ -220,7 +222,7 @@ def add_adapters(
     if not targets:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise UsageError(
-            f"lora.targets={options.targets} names no linear layer of {name}. "
+            f"{option}.targets={options.targets} names no linear layer of {name}. "
             f"Use linear, attention, or some of {', '.join(kinds)}."
         )
     peft = LoraConfig(

@@ -85,6 +85,7 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse options that the model would ignore."""
+        self.lora.check("model.lora")
         if self.max_input_tokens < 2 or self.max_target_tokens < 2:
             raise UsageError(
                 "model.max_input_tokens and model.max_target_tokens must be at least 2."
@@ -246,7 +247,7 @@ def choose_learning(
     parts = [model.base_model]
     if model.config.is_encoder_decoder:
         parts = [model.get_encoder(), model.get_decoder()]
-    add_adapters(model, parts, config.lora, config.name)
+    add_adapters(model, parts, config.lora, config.name, "model.lora")
     if new_from is None:
         return
     # New tokens have rows of noise in the tables, which must learn; all other rows stay.

@@ -104,11 +104,7 @@ class PromptTokenizer:
         """Answers so far that were longer than allowed."""
 
     def prompts(self, texts: Sequence[str]) -> list[Tokenized]:
-        """Read prompts; one that is too long loses its first words, the oldest items among them.
-
-        Raises:
-            UsageError: Not even its last word fits.
-        """
+        """Read prompts; one that is too long loses its first words, the oldest items among them."""
         found = self._read(texts)
         for row, prompt in enumerate(found):
             if len(prompt.ids) > self.max_input_tokens:
@@ -128,12 +124,8 @@ class PromptTokenizer:
             else:
                 low = middle + 1
         (read,) = self._read([" ".join(words[high:])])
-        if len(read.ids) > self.max_input_tokens:
-            raise UsageError(
-                f"model.max_input_tokens={self.max_input_tokens} does not hold a prompt's last "
-                f"word, which takes {len(read.ids)} with what stands around it. Raise it."
-            )
-        return read
+        # Where not even the last word fits, its last tokens.
+        return Tokenized(read.ids[-self.max_input_tokens :], read.words[-self.max_input_tokens :])
 
     def _read(self, texts: Sequence[str]) -> list[Tokenized]:
         """Prompts of any length as tokens."""

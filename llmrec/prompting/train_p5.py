@@ -276,9 +276,6 @@ def refuse_unmeasurable(task: Task, learner: Learner) -> None:
             "extra: pip install 'llmrec[text]'. Or name other prompts with decoding.others."
         )
     check_tensorboard(task.config.run)
-    for part in ("valid", "test"):
-        first = next(learner.generator.questions(task.template, part))
-        learner.model.prompts.prompts([first.input])  # refuses a limit that holds no prompt
     for template in asked:
         if reason := learner.generator.cannot_ask(template, "test"):
             raise UsageError(f"decoding.others names prompt {template.id}. {reason}")

@@ -189,7 +189,7 @@ def test_requests_that_make_no_sense_are_refused_by_name(options, said):
 )
 def test_adapters_without_a_meaning_are_refused(options, said):
     with pytest.raises(UsageError, match=said):
-        LoraOptions(**options)
+        TunableEncoder(tune="lora", lora=LoraOptions(**options))
 
 
 @pytest.mark.parametrize(

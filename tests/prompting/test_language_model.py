@@ -208,6 +208,7 @@ def test_operations_are_counted_by_what_is_read_and_written():
         ({"lora": LoraOptions(rank=4)}, r"model\.lora"),
         ({"name": "x/y", "tune": "lora", "lora": LoraOptions(layers=2)}, r"model\.lora\.layers"),
         ({"max_input_tokens": 1}, r"model\.max_input_tokens"),
+        ({"name": "x/y", "tune": "lora", "lora": LoraOptions(rank=0)}, r"model\.lora\.rank"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(changes, words):

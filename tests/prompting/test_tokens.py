@@ -162,9 +162,10 @@ def test_what_stands_around_a_prompt_in_a_chat_template_is_never_cut(tokenizer):
     assert told.startswith("<user> ") and told.endswith(" ? <end>") and read.cut_prompts == 1
 
 
-def test_a_last_word_that_does_not_fit_is_an_error(tokenizer):
-    with pytest.raises(UsageError, match=r"model\.max_input_tokens=3"):
-        prompts(tokenizer, longest=3).prompts(["item_123456789"])
+def test_of_a_last_word_that_does_not_fit_the_last_tokens_are_read(tokenizer):
+    (whole,) = prompts(tokenizer).prompts(["item_123456789"])
+    (cut,) = prompts(tokenizer, longest=3).prompts(["red item_123456789"])
+    assert len(whole.ids) > 3 and cut.ids.tolist() == whole.ids[-3:].tolist()
 
 
 def test_a_long_answer_keeps_its_end_token_and_is_counted(tokenizer):

@@ -207,7 +207,7 @@ def test_two_processes_answer_like_one(tmp_path, figure):
         ({"run__select": "HR@0"}, "HR@0"),
         ({"run__select": "AUC"}, "run.select=AUC"),
         ({"evaluation__block_megabytes": 1}, "evaluation.block_megabytes"),
-        ({"model__max_input_tokens": 3}, "model.max_input_tokens=3"),
+        ({"model__max_input_tokens": 1}, "model.max_input_tokens"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_a_folder_is_made(tmp_path, changes, words):
