@@ -114,7 +114,7 @@ def _evaluate(argv, rank, processes, port, fault, log):
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-    from llmrec import train_tcf
+    from llmrec import train_tcf, training
     from llmrec.evaluation import suite
     from llmrec.models.recommender import Recommender
 
@@ -141,7 +141,7 @@ def _evaluate(argv, rank, processes, port, fault, log):
         if fault.kind == "sync":
             _before(os, "fsync", fault.n, _die)
         if fault.kind == "opening":
-            _before(train_tcf, "open_run", 2, lambda: _before(os, "fsync", fault.n, _die))
+            _before(training, "open_run", 2, lambda: _before(os, "fsync", fault.n, _die))
     with (
         Path(f"{log}.out").open("w", buffering=1) as out,
         Path(f"{log}.err").open("w", buffering=1) as err,
