@@ -150,6 +150,7 @@ def test_a_refusal_is_told_in_the_servers_words_without_the_key() -> None:
 
 
 def date(seconds: float) -> str:
+    """For the body of a test alone: as a parameter it would name the test after the clock."""
     return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
 
@@ -164,7 +165,7 @@ def date(seconds: float) -> str:
         ("", 0.0),
         ("soon", 0.0),
         ("Wed, 99 Nov 2026 00:00:00 GMT", 0.0),
-        (date(-60), 0.0),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0.0),
     ],
 )
 def test_retry_after_is_read_as_seconds_never_negative(header: str, seconds: float) -> None:
@@ -176,7 +177,9 @@ def test_retry_after_may_be_a_date() -> None:
     assert 55 < asked_wait(date(60).replace("GMT", "-0000")) <= 60
 
 
-@pytest.mark.parametrize("header", ["120", "1e9", "inf", "-5", "soon", date(3600), ""])
+@pytest.mark.parametrize(
+    "header", ["120", "1e9", "inf", "-5", "soon", "Fri, 31 Dec 2100 23:59:59 GMT", ""]
+)
 @pytest.mark.parametrize("attempt", [0, 3, 99])
 def test_no_wait_is_longer_than_the_cap_or_negative(header: str, attempt: int) -> None:
     asking = client._Asking.__new__(client._Asking)
