@@ -26,8 +26,8 @@ from llmrec.data.interactions import Dataset, Split
 from llmrec.data.splits import SplitConfig, split
 from llmrec.encoders.store import Encoded
 from llmrec.encoders.tower import TowerConfig
+from llmrec.models.config import UserModelConfig
 from llmrec.models.losses import LossConfig
-from llmrec.models.sasrec import UserModelConfig
 from llmrec.train_tcf import Task, start_stage, train_epoch
 
 MODEL = UserModelConfig(width=64, blocks=2, heads=1, dropout=0.2, max_length=50)
@@ -82,7 +82,8 @@ class Floor:
     def __init__(self, dataset: Dataset, parts: Split) -> None:
         rows = TrainingRows.of(dataset.interactions, parts.train_end, MODEL.max_length)
         self.item_count = dataset.item_count
-        inputs, targets = rows.pairs(np.arange(len(rows)))  # left padded; rolled to the left below
+        examples = rows.examples(np.arange(len(rows)), np.random.default_rng(0))
+        inputs, targets = examples.inputs, examples.targets  # left padded; rolled left below
         places = (np.arange(inputs.shape[1]) - rows.lengths[:, None]) % inputs.shape[1]
         self.inputs = torch.from_numpy(np.take_along_axis(inputs, places, 1))
         self.targets = torch.from_numpy(np.take_along_axis(targets, places, 1))
@@ -121,7 +122,7 @@ class Ours:
         if features:
             vectors = np.random.default_rng(0).normal(size=(dataset.item_count, features))
             encoded = Encoded(vectors.astype(np.float32), {}, {})
-        self.learner = start_stage(self.task, encoded, parts.train_end, "fit")
+        self.learner = start_stage(self.task, encoded, parts.train_end, None)
 
     def epoch(self) -> None:
         self.learner.progress.step = 0

@@ -1,4 +1,4 @@
-"""The chunked full softmax against the plain one, and its peak memory as the catalogue grows.
+"""Chunked losses against plain ones, their peak memory as the catalogue grows, and the sampler.
 
     python benchmarks/bench_loss.py
 
@@ -6,24 +6,34 @@ Time is that of the loss alone, forward and backward, on a batch of the epoch's 
 positions, 3,416 items, width 64. Memory is measured in fresh processes, as the peak beyond what
 any full softmax must hold: states, item vectors and one gradient of each. The plain loss is
 measured at 3,000 items only.
+
+Losses with negatives of each position's own are held against one gather of all their vectors, at 1
+and 256 negatives, and so are the two ways in which these are computed in chunks. Negatives are
+drawn for 32 users and 200 positions of MovieLens-1M, and held against a binary search of each draw
+among all pairs of users and items.
 """
 
-from measure import Row, Times, extra_memory, in_fresh_process, report  # isort: skip  # limits threads
+from measure import Row, Times, extra_memory, in_fresh_process, movielens, report  # isort: skip  # limits threads
 
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmrec.models.losses import full_softmax, in_batch_softmax
+from llmrec.data.batches import NegativeSampler
+from llmrec.models import losses
+from llmrec.models.losses import bce, full_softmax, in_batch_softmax
 
 POSITIONS, ITEMS, WIDTH, LENGTH = 6400, 3416, 64, 50
 MEMORY_POSITIONS = 1280
 MEMORY_ITEMS = (3_000, 30_000, 300_000)
+NEGATIVES = 256
 FLAT_MIB = 8
 """Growth from the smallest catalogue to the largest that counts as flat: one chunk."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
@@ -37,9 +47,7 @@ def tensors(positions: int, items: int) -> tuple[Tensor, Tensor, Tensor]:
     return states, vectors, torch.randint(items, (positions,))
 
 
-def step(
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor], parts: tuple[Tensor, Tensor, Tensor]
-) -> Callable[[], object]:
+def step(loss: Loss, parts: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
     """Forward and backward, gradients thrown away first as in a training step."""
 
     def run() -> None:
@@ -59,8 +67,98 @@ def in_batch(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     return in_batch_softmax(states, items, targets, rows, slots, multiplicity, popularity)
 
 
+def own(chunked: bool, count: int = NEGATIVES) -> Loss:
+    """BCE with so many negatives of each position's own: ours, or all their vectors at once."""
+
+    def loss(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        negatives = torch.randint(len(items), (len(states), count), generator=generator)
+        if chunked:
+            return bce(states, items, targets, negatives)
+        positive = (states * F.embedding(targets, items)).sum(-1)
+        negative = torch.einsum("pd,pkd->pk", states, F.embedding(negatives, items))
+        return F.softplus(-positive).sum() + F.softplus(negative).sum()
+
+    return loss
+
+
+def gathered(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+    """Ours where the rule would not score all items."""
+    rule, losses.DENSE_ITEMS_PER_NEGATIVE = losses.DENSE_ITEMS_PER_NEGATIVE, 0
+    total = own(chunked=True)(states, items, targets)
+    losses.DENSE_ITEMS_PER_NEGATIVE = rule
+    return total
+
+
+def searched(keys: np.ndarray, users: np.ndarray, item_count: int) -> np.ndarray:
+    """200 x 256 negatives per user, each looked for in the sorted keys of all pairs."""
+    rng = np.random.default_rng(0)
+    negatives = rng.integers(1, item_count + 1, size=(len(users), 200, NEGATIVES))
+    owners = np.broadcast_to(users[:, None, None], negatives.shape)
+    again = np.nonzero(np.ones(negatives.shape, bool))
+    while True:
+        wanted = owners[again] * (item_count + 1) + negatives[again]
+        found = keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
+        if not found.any():
+            return negatives
+        again = tuple(axis[found] for axis in again)
+        negatives[again] = rng.integers(1, item_count + 1, size=len(again[0]))
+
+
+def sampler_row() -> Row:
+    dataset = movielens()
+    interactions, count = dataset.interactions, dataset.item_count
+    sampler = NegativeSampler(interactions, interactions.offsets[1:], count)
+    users = np.random.default_rng(0).permutation(interactions.user_count)[:32]
+    keys = np.unique(interactions.users().astype(np.int64) * (count + 1) + interactions.items)
+
+    def ours() -> np.ndarray:
+        return sampler.draw(users, (200, NEGATIVES), np.random.default_rng(0))
+
+    assert (ours() == searched(keys, users, count)).all()
+    times = Times({"ours": ours, "binary search": lambda: searched(keys, users, count)}, turns=5)
+    return times.row("drawing 1.6 million negatives", "ours", "binary search", "<= 0.3")
+
+
+def negative_rows(parts: tuple[Tensor, Tensor, Tensor]) -> list[Row]:
+    many = Times(
+        {
+            "ours": step(own(chunked=True), parts),
+            "vectors gathered in chunks": step(gathered, parts),
+            "vectors gathered at once": step(own(chunked=False), parts),
+        },
+        turns=3,
+    )
+    one = Times(
+        {
+            "ours": step(own(chunked=True, count=1), parts),
+            "vectors gathered at once": step(own(chunked=False, count=1), parts),
+        },
+        turns=15,
+    )
+    what = f"{NEGATIVES} negatives of each position's own, time"
+    peaks = [in_fresh_process(__file__, name, MEMORY_ITEMS[0]) for name in ("own", "own, plain")]
+    ours, other = peaks
+    return [
+        many.row(what, "ours", "vectors gathered at once", "<= 0.25"),
+        many.row(what, "ours", "vectors gathered in chunks", "<= 1"),
+        one.row(
+            "1 negative of each position's own, time", "ours", "vectors gathered at once", "<= 1.1"
+        ),
+        Row(
+            f"{NEGATIVES} negatives of each position's own, extra memory",
+            "vectors gathered at once", ours, other, "MiB", ours / other, "",
+        ),
+    ]  # fmt: skip
+
+
 def memory(name: str, items: int) -> float:
-    loss = {"chunked": full_softmax, "plain": plain}[name]
+    loss = {
+        "chunked": full_softmax,
+        "plain": plain,
+        "own": own(chunked=True),
+        "own, plain": own(chunked=False),
+    }[name]
     step(loss, tensors(8, 64))()  # what any first step allocates once
 
     def prepare() -> Callable[[], object]:
@@ -74,8 +172,8 @@ def memory(name: str, items: int) -> float:
 
 def main() -> None:
     parts = tensors(POSITIONS, ITEMS)
-    losses = {"full softmax": full_softmax, "plain cross-entropy": plain, "in batch": in_batch}
-    times = Times({name: step(loss, parts) for name, loss in losses.items()}, turns=7)
+    softmaxes = {"full softmax": full_softmax, "plain cross-entropy": plain, "in batch": in_batch}
+    times = Times({name: step(loss, parts) for name, loss in softmaxes.items()}, turns=7)
     rows = [
         times.row("full softmax, time", "full softmax", "plain cross-entropy", "<= 1"),
         times.row(
@@ -119,6 +217,7 @@ def main() -> None:
             f"<= {FLAT_MIB} MiB",
         )
     )
+    rows += [*negative_rows(parts), sampler_row()]
     report(
         "loss",
         rows,

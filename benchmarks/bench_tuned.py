@@ -42,9 +42,9 @@ from llmrec.encoders.store import Encoded
 from llmrec.encoders.text import MINILM, EncoderConfig, locate
 from llmrec.encoders.tower import TowerConfig, TunedTextTower
 from llmrec.encoders.tuning import LoraOptions, TunableEncoder
+from llmrec.models.config import UserModelConfig
 from llmrec.models.losses import LossConfig
 from llmrec.models.optim import OptimConfig
-from llmrec.models.sasrec import UserModelConfig
 from llmrec.train_tcf import Task, start_stage, train_step
 
 SOURCE = "amazon-games-2018"
@@ -100,7 +100,7 @@ class Ours:
         self.task = Task(config, data.dataset, data.parts, {}, accelerator, console)
         drawn = np.random.default_rng(0).normal(size=(data.dataset.item_count, 384))
         encoded = Encoded(drawn.astype(np.float32), {}, {})  # only the whitening is taken from it
-        self.learner = start_stage(self.task, encoded, data.parts.train_end, "fit")
+        self.learner = start_stage(self.task, encoded, data.parts.train_end, None)
         self.model = self.learner.model.train()
         tower = self.model.tower
         assert isinstance(tower, TunedTextTower)
@@ -163,7 +163,8 @@ class Plain(nn.Module):
         return F.cross_entropy(logits, label[filled], reduction="sum")
 
     def gradients(self, batch: NDArray[np.int64]) -> float:
-        inputs, targets = map(torch.from_numpy, self.rows.pairs(batch))
+        examples = self.rows.examples(batch, np.random.default_rng(0))
+        inputs, targets = map(torch.from_numpy, (examples.inputs, examples.targets))
         loss = self(inputs, targets)
         (loss / (targets > 0).sum()).backward()
         return float(loss.detach())
@@ -216,12 +217,11 @@ def taking_turns(
 
 def size(data: Data, ours: Ours, batch: NDArray[np.int64]) -> dict[str, int]:
     """What a step has to read."""
-    inputs, targets = data.rows.pairs(batch)
-    slots = np.concatenate([inputs.ravel(), targets[:, -1]])
+    slots = data.rows.examples(batch, np.random.default_rng(0)).sequences
     items = np.unique(slots[slots > 0])
     tokens = int(ours.language.lengths[items - 1].sum())
-    print(f"{len(slots)} slots, {len(items)} distinct items, {tokens} tokens in their texts")
-    return {"slots": len(slots), "items": len(items), "tokens": tokens}
+    print(f"{slots.size} slots, {len(items)} distinct items, {tokens} tokens in their texts")
+    return {"slots": slots.size, "items": len(items), "tokens": tokens}
 
 
 def memory(users: int, step_tokens: int) -> float:

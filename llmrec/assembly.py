@@ -28,10 +28,12 @@ from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.products import Scores, dot_products
 from llmrec.evaluation.result import read_result
 from llmrec.models.baselines import BASELINES, READ_VECTORS, Known
+from llmrec.models.config import UserModelConfig
 from llmrec.models.losses import LossConfig
 from llmrec.models.optim import OptimConfig
 from llmrec.models.recommender import Recommender
-from llmrec.models.sasrec import USER_MODELS, UserModelConfig
+from llmrec.models.user_model import KnownUserModel, SequenceModel, TrainingPairs
+from llmrec.models.user_models import USER_MODELS
 from llmrec.options import parse
 from llmrec.runs import CONFIG, RunOptions
 
@@ -138,7 +140,12 @@ def build(
         features = prepare_features(encoded.vectors, config.tower, config.run.seed)
     tower = build_tower(config.tower, dataset.item_count, config.model.width, features, tuned)
     popularity = training_counts(dataset.interactions, train_end, dataset.item_count)
-    user_model = USER_MODELS[config.model.name](config.model)
+    kind = USER_MODELS[config.model.name]
+    if issubclass(kind, KnownUserModel):
+        pairs = TrainingPairs.of(dataset.interactions, train_end, dataset.item_count)
+        user_model: SequenceModel | KnownUserModel = kind(config.model, pairs)
+    else:
+        user_model = kind(config.model)
     return Recommender(tower, user_model, config.loss, torch.from_numpy(popularity))
 
 
@@ -153,17 +160,21 @@ def recommender_scores(
     model.eval()
     with torch.inference_mode():
         items = model.item_vectors()
+        candidates = model.candidates(items)
 
     @torch.inference_mode()
     def users(block: Int64) -> Tensor:
         pieces = []
         for first in range(0, len(block), HISTORIES):
             piece = block[first : first + HISTORIES]
-            seen = windows(interactions, cases.user[piece], cases.end[piece], max_length)
-            pieces.append(model.user_vectors(torch.from_numpy(seen).to(device), items))
+            who = cases.user[piece]
+            seen = windows(interactions, who, cases.end[piece], max_length)
+            parts = (torch.from_numpy(part).to(device) for part in (seen, who.astype(np.int64)))
+            histories, known = parts
+            pieces.append(model.user_vectors(histories, items, known))
         return torch.cat(pieces)
 
-    return dot_products(users, items)
+    return dot_products(users, candidates)
 
 
 def baseline_scores(
@@ -175,14 +186,13 @@ def baseline_scores(
         config: the run's.
         dataset: its data.
         cases: the questions.
-        train_end: (U,), what may be counted.
+        train_end: (U,), what may be learned from.
         encoded: what `read_texts` gave.
     """
-    counts = training_counts(dataset.interactions, train_end, dataset.item_count)
     vectors = np.empty((dataset.item_count, 0), dtype=np.float32)
     if encoded is not None:
         vectors = prepare_features(encoded.vectors, config.tower, config.run.seed)
-    known = Known(dataset, cases, counts, vectors, config.model.max_length)
+    known = Known(dataset, cases, train_end, vectors, config.model)
     return BASELINES[config.model.name](known)
 
 

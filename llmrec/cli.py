@@ -15,6 +15,10 @@ VERBS = {
     "train": ("llmrec.train_tcf", "train one recommender from a YAML file and options"),
     "embed": ("llmrec.encoders.store", "fill the embedding store: encode what is new or changed"),
     "evaluate": ("llmrec.evaluation.suite", "run a suite: several recommenders, one table"),
+    "search": (
+        "llmrec.studies.search",
+        "search options of a suite's rows on validation, then run the suite",
+    ),
     "compare": ("llmrec.reporting.tables", "print the paired table of finished runs"),
     "export": (
         "llmrec.serving.export",

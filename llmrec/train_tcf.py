@@ -1,4 +1,4 @@
-"""Train one recommender and score it once: item tower x SASRec x loss, from one YAML.
+"""Train one recommender and score it once: item tower x user model x loss, from one YAML.
 
 accelerate launch llmrec/train_tcf.py                           the quick start's text model
 accelerate launch llmrec/train_tcf.py --config configs/tcf/amazon-beauty-2014-id.yaml
@@ -17,7 +17,7 @@ if __name__ == "__main__":  # by path: the repository's root comes first, not th
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from llmrec.assembly import (
     read_texts,
     recommender_scores,
 )
-from llmrec.data.batches import NegativeSampler, SharedNegatives, TrainingRows
+from llmrec.data.batches import Examples, NegativeSampler, SharedNegatives, TrainingRows
 from llmrec.data.interactions import Dataset, Int64, Split
 from llmrec.data.readers import effective, load_dataset
 from llmrec.data.splits import fit_ends, split, summary
@@ -55,6 +55,7 @@ from llmrec.models.losses import NEGATIVE_LOSSES
 from llmrec.models.optim import build_optimizer, set_rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sharding import refuse_unshardable, shard
+from llmrec.models.user_models import USER_MODELS
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import progress_bar
 from llmrec.questions import pool_cases
@@ -147,8 +148,42 @@ def _label(config: TrainConfig) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Data -> tower and user model -> training -> one test -> run folder."""
-    config = configure(argv)
     joined = torch.distributed.is_initialized()  # by a suite, whose processes stay together
+    task, encoded = begin(configure(argv))
+    with opened(task):
+        learns = task.config.model.name not in BASELINES
+        rankings, cost = (train if learns else score_baseline)(task, encoded)
+        if task.accelerator.is_main_process:
+            finish(task, rankings, cost)
+        task.accelerator.wait_for_everyone()
+    if not joined:
+        task.accelerator.end_training()
+    return 0
+
+
+def validate(argv: Sequence[str]) -> float:
+    """The validation value that such a run would be selected by; no test case is scored.
+
+    The run folder then holds config, journal and weights, and no result.
+    """
+    task, encoded = begin(configure(argv))
+    config, interactions = task.config, task.dataset.interactions
+    ends = fit_ends(interactions, config.split, "train")
+    with opened(task):
+        if config.model.name in BASELINES:
+            scores = baseline_scores(config, task.dataset, task.split.valid, ends, encoded)
+            ranking: Ranking | None = rank_cases(task, scores, "valid")
+        else:
+            ranking = fit(task, encoded, ends).validation
+        if task.accelerator.is_main_process:
+            checkpoints.finish_checkpoints(task.folder)
+        task.accelerator.wait_for_everyone()
+    assert ranking is not None
+    return float(Measure.parse(config.run.select).per_case(ranking).mean())
+
+
+def begin(config: TrainConfig) -> tuple[Task, Encoded | None]:
+    """Read the data, cut it, and encode texts; all that may be refused before a folder is made."""
     accelerator = start(config.run.precision)
     console = console_of(accelerator)
     check_vacant(Path(config.run.folder), config.run.overwrite)
@@ -165,21 +200,24 @@ def run(argv: Sequence[str]) -> int:
         f"{accelerator.num_processes} x {accelerator.device.type}, {number_format(accelerator)}"
     )
     console.print(f"  {summary(dataset, task.split)}")
-    learns = config.model.name not in BASELINES
-    encoded = prepare(task, learns)  # may refuse, so before the folder is made
+    if config.model.name not in BASELINES:
+        refuse_untrainable(task)
+    with accelerator.main_process_first():  # the others then find everything in the store
+        encoded = read_texts(config, dataset.catalog, accelerator.device)
     if encoded is not None:
         who |= {"encoder weights": encoded.encoder["weights"]}
+    return task, encoded
+
+
+@contextlib.contextmanager
+def opened(task: Task) -> Iterator[None]:
+    """Hold the run folder: a new one, or that of the same run, unfinished."""
+    accelerator, config = task.accelerator, task.config
     with alone(task.folder) if accelerator.is_main_process else contextlib.nullcontext():
-        open_or_resume(config.run, as_yaml(config), who, accelerator)
+        open_or_resume(config.run, as_yaml(config), task.identity, accelerator)
         if accelerator.is_main_process and task.pools is not None:
-            write_pools(task.folder, dataset, task.split.test, task.pools)
-        rankings, cost = (train if learns else score_baseline)(task, encoded)
-        if accelerator.is_main_process:
-            finish(task, rankings, cost)
-        accelerator.wait_for_everyone()
-    if not joined:
-        accelerator.end_training()
-    return 0
+            write_pools(task.folder, task.dataset, task.split.test, task.pools)
+        yield
 
 
 def score_baseline(
@@ -206,19 +244,11 @@ def with_encoding(cost: dict[str, Any], encoded: Encoded | None) -> dict[str, An
     return cost
 
 
-def prepare(task: Task, learns: bool) -> Encoded | None:
-    """Refuse what cannot be trained, and encode the items' text where it is read."""
-    if learns:
-        refuse_untrainable(task)
-    with task.accelerator.main_process_first():  # the others then find everything in the store
-        return read_texts(task.config, task.dataset.catalog, task.accelerator.device)
-
-
 def refuse_untrainable(task: Task) -> None:
     """Refuse data that is too little to train on, and options that do not fit it."""
     config, accelerator = task.config, task.accelerator
     ends = fit_ends(task.dataset.interactions, config.split, "train")
-    rows = TrainingRows.of(task.dataset.interactions, ends, config.model.max_length)
+    rows = training_rows(config, task.dataset, ends)
     if not len(rows):
         way_out = "Raise data.max_user_interactions to 4 or more, or give longer histories."
         if config.split.method == "temporal":
@@ -289,7 +319,7 @@ def start_stage(
     """Fresh weights and optimizer, or those of the latest state that a killed run left."""
     config, accelerator, dataset = task.config, task.accelerator, task.dataset
     accelerator.free_memory()  # what the stage before held
-    rows = TrainingRows.of(dataset.interactions, train_end, config.model.max_length)
+    rows = training_rows(config, dataset, train_end)
     negatives: NegativeSampler | SharedNegatives | None = None
     if config.loss.name in NEGATIVE_LOSSES:
         data = (dataset.interactions, train_end, dataset.item_count)
@@ -315,12 +345,22 @@ def start_stage(
     return Learner(model, wrapped, optimizer, rows, negatives, epochs)
 
 
-def train_epoch(task: Task, learner: Learner) -> float:
-    """One pass over all rows, or the rest of it; the mean loss of a position.
+def training_rows(config: TrainConfig, dataset: Dataset, train_end: Int64) -> TrainingRows:
+    """What the user model learns from, asked for as it wants it."""
+    model = config.model
+    objective = USER_MODELS[model.name].objective
+    last_only = config.loss.positions == "last"
+    return TrainingRows.of(
+        dataset.interactions, train_end, model.max_length, objective, last_only, model.mask_share
+    )
 
-    Nothing random outlives a step: the order of the batches follows from seed and epoch, negatives
-    from these and the step, dropout from these and the process. So a resumed run does what an
-    undisturbed one does.
+
+def train_epoch(task: Task, learner: Learner) -> float:
+    """One pass over all rows, or the rest of it; the mean loss of a target.
+
+    Nothing random outlives a step: the order of the batches follows from seed and epoch, masks and
+    negatives from these and the step, dropout from these and the process. So a resumed run does
+    what an undisturbed one does.
     """
     config, accelerator, epochs = task.config, task.accelerator, learner.epochs
     progress = epochs.progress
@@ -348,7 +388,7 @@ def train_epoch(task: Task, learner: Learner) -> float:
                 progress.epoch_seconds = time.perf_counter() - began
                 epochs.save_state(float(summed), learner.model.flops)
     progress.epoch_seconds = time.perf_counter() - began
-    return float(accelerator.reduce(summed, "sum")) / int(rows.lengths.sum())
+    return float(accelerator.reduce(summed, "sum")) / int(rows.targets.sum())
 
 
 def _step_in_memory(task: Task, learner: Learner, batch: Int64, number: int) -> Tensor:
@@ -378,41 +418,47 @@ def _step_in_memory(task: Task, learner: Learner, batch: Int64, number: int) -> 
 def train_step(task: Task, learner: Learner, batch: Int64, rng: np.random.Generator) -> Tensor:
     """Gradients of one step; returns this process's summed loss.
 
-    The gradient is that of the mean over all positions of the step, however many processes and
-    pieces share them: each piece's sum is divided by the whole step's positions, and DDP's
+    The gradient is that of the mean over all targets of the step, however many processes and
+    pieces share them: each piece's sum is divided by the whole step's targets, and DDP's
     averaging is undone. Negatives are drawn for the whole step by every process, which then takes
     its own, so they do not depend on the number of processes or pieces either. A process or piece
     that a short batch leaves without rows joins in with one that counts for nothing.
     """
-    accelerator, rows, count = task.accelerator, learner.rows, task.config.loss.negatives
+    accelerator, count = task.accelerator, task.config.loss.negatives
     world, rank = accelerator.num_processes, accelerator.process_index
-    width = int(rows.lengths[batch].max())
-    positions = int(rows.lengths[batch].sum())
-    shared, drawn = np.empty(0, np.int64), np.empty((len(batch), width, 0), np.int64)
+    examples = learner.rows.examples(batch, rng)
+    asked = int((examples.targets > 0).sum())
+    size, width = examples.inputs.shape
+    shared, drawn = np.empty(0, np.int64), np.empty((size, width, 0), np.int64)
     if isinstance(learner.negatives, SharedNegatives):
         shared = learner.negatives.draw(count, rng)
     elif learner.negatives is not None:
-        drawn = learner.negatives.draw(rows.users[batch], (width, count), rng)
+        drawn = learner.negatives.draw(examples.users, (width, count), rng)
 
-    def arrays(part: Int64) -> tuple[Int64, Int64, Int64]:
-        inputs, targets = rows.pairs(batch[part])
-        own = drawn[part, width - inputs.shape[1] :] * (targets > 0)[:, :, None]  # left padded
-        return inputs, targets, shared if task.config.loss.shares else own
+    def arrays(part: Int64) -> tuple[Examples, Int64]:
+        own = examples.take(part)
+        if task.config.loss.shares:
+            return own, shared
+        sampled = drawn[part, width - own.inputs.shape[1] :]  # left padded
+        return own, sampled * (own.targets > 0)[:, :, None]
 
     pieces = task.config.optim.accumulate
-    shares = [np.array_split(np.arange(len(batch))[r::world], pieces) for r in range(world)]
+    shares = [np.array_split(np.arange(size)[r::world], pieces) for r in range(world)]
     summed = torch.zeros((), device=accelerator.device)
     for number, parts in enumerate(zip(*shares, strict=True), start=1):
         counts = len(parts[rank]) > 0
         everyone = np.concatenate([*parts, np.zeros(0 if any(map(len, parts)) else 1, np.int64)])
         part = parts[rank] if counts else everyone[:1]
-        together = arrays(everyone) if learner.model.shares_items else None
+        together = None
+        if learner.model.shares_items:
+            everybody, sampled = arrays(everyone)
+            together = everybody.sequences, sampled
         moved = Batch.of(*arrays(part), together).to(accelerator.device)
         waiting = number < pieces and not sharded()  # whole gradients would not fit
         with accelerator.no_sync(learner.wrapped) if waiting else contextlib.nullcontext():
             with accelerator.autocast():  # which DDP does itself, and FSDP does not
                 loss = learner.wrapped(moved)
-            accelerator.backward(loss * (counts * world / positions))
+            accelerator.backward(loss * (counts * world / asked))
         summed += loss.detach() * counts
     return summed
 

@@ -23,7 +23,7 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "encoders.tuning "
     "encoders.sharing data",
     "models encoders.tower encoders.tuned encoders.store "
-    "encoders.halves encoders.prefix data.batches prompting.families prompting.p5 "
+    "encoders.halves encoders.prefix prompting.families prompting.p5 "
     "prompting.indexing prompting.trie prompting.decoding prompting.templates prompting.tokens "
     "prompting.pretrained prompting.language_model prompting.asking",
     # models.recommender joins a tower and a user model
@@ -36,7 +36,8 @@ LAYERS = [  # 0 first; a name covers the modules below it
     "prompting.rating chat serving transfer",
     "prompting.ask",  # asks what train_p5 trained, as score does with what train_tcf trained
     "reporting",
-    "evaluation.suite evaluation.programs studies",  # they print the tables that reporting makes
+    "evaluation.suite evaluation.programs",  # they print the tables that reporting makes
+    "studies",
     "cli",
     "__main__",
 ]
@@ -46,7 +47,7 @@ NO_TORCH = (
     r"data\.(interactions|readers|prepared|splits|audit)(\..*)?|"
     r"evaluation\.(config|metrics|significance|pools|ratings|texts)|chat\.(?!offline).*|"
     r"prompting\.(templates|families|indexing|trie|generate|show)|prompting\.(p5|audit)(\..*)?|"
-    r"reporting\..*"
+    r"reporting\..*|studies\.(space|trials)"
 )
 ONLY_IN = {  # third-party package -> the modules that may import it
     "transformers": r"(encoders|prompting|transfer)\..*|serving\.merging",
@@ -58,7 +59,8 @@ ONLY_IN = {  # third-party package -> the modules that may import it
     "openai": r"chat\..*|encoders\.store.*",
     "aiohttp": r"chat\..*",
     "rapidfuzz": r"(chat|prompting)\..*",
-    "bm25s": r"models\.baselines",
+    "bm25s": r"models\.baselines\.texts",
+    "optuna": r"studies\..*",
     "torch": rf"(?!{NO_TORCH}$).*",
 }
 FILES = {"prompts", "eval", "configs", "tests", "benchmarks"}  # top-level folders, never modules

@@ -53,7 +53,8 @@ def test_every_cell_of_every_suite_configures(
     suite = read_suite(path)
     assert suite.title and suite.question and suite.measures and suite.baseline in suite.rows
     assert all(configure(c.program, c.argv).run.label == c.label for c in cells(suite))
-    assert f"# llmrec evaluate {name(path)}" in path.read_text() or path.stem in WITHOUT_COMMAND
+    verb = "search" if suite.search else "evaluate"
+    assert f"# llmrec {verb} {name(path)}" in path.read_text() or path.stem in WITHOUT_COMMAND
 
 
 WITHOUT_COMMAND = {"quickstart", "amazon-beauty-2014"}

@@ -43,7 +43,7 @@ or replaced with --overwrite. A dotted option applies to every row whose command
 
 _KEYS = (
     "title", "question", "baseline", "measures", "contrasts", "base", "seeds", "rows", "out",
-    "table", "slices", "beyond_accuracy", "expected", "varies",
+    "table", "slices", "beyond_accuracy", "expected", "varies", "search", "space",
 )  # fmt: skip
 _EXAMPLES = {"expected": "amazon-beauty-2014", "varies": "filter_seen"}
 """What may stand in the lists of these keys."""
@@ -87,6 +87,10 @@ class Suite:
     varies: Sequence[str] = ()
     """Rules of the protocol that the rows differ in on purpose, such as filter_seen."""
 
+    search: Options = field(default_factory=dict)
+    """What ``llmrec search`` reads, as it stands: keys search and space, and rows, label -> the
+    row's own space. Empty where the suite asks for no search."""
+
     commands: frozenset[str] = frozenset({"train"})
     """All that fill rows, those left out by --without too: the base may hold their options."""
 
@@ -114,7 +118,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UsageError: No such file, no YAML, an unknown key, or a label that is not among the rows.
     """
-    path = _found(path)
+    path = suite_file(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         flatten(content if isinstance(content, dict) else {})  # endless where it holds itself
@@ -129,12 +133,15 @@ def read_suite(path: Path) -> Suite:
     for key in content:
         if key not in _KEYS:
             raise UsageError(f"{path} has an unknown key {key}: {nearest(str(key), _KEYS)}")
-    rows = {
-        str(label): flatten(_mapping(path, f"rows.{label}", options))
-        for label, options in content["rows"].items()
-    }
-    if not rows:
+    own = {str(k): _mapping(path, f"rows.{k}", row) for k, row in content["rows"].items()}
+    if not own:
         raise UsageError(f"{path} has no rows. Compare it with eval/quickstart.yaml.")
+    search = {key: content[key] for key in ("search", "space") if key in content}
+    spaces = {label: row["space"] for label, row in own.items() if "space" in row}
+    rows = {
+        label: flatten({key: value for key, value in row.items() if key != "space"})
+        for label, row in own.items()
+    }
     measures = content.get("measures", list(DEFAULT_MEASURES))
     if not isinstance(measures, list) or not measures:
         raise UsageError(f"{path}: measures must be a list of names, such as [HR@10, NDCG@10].")
@@ -153,6 +160,7 @@ def read_suite(path: Path) -> Suite:
         beyond_accuracy=_flag(path, content, "beyond_accuracy"),
         published=[read_published(name) for name in _names(path, content, "expected")],
         varies=_names(path, content, "varies"),
+        search=search | ({"rows": spaces} if spaces else {}),
     )
     check_varies(suite.varies)
     for label in rows:
@@ -166,7 +174,7 @@ def read_suite(path: Path) -> Suite:
     return suite
 
 
-def _found(path: Path) -> Path:
+def suite_file(path: Path) -> Path:
     """The file itself, or the shipped suite of that name, with or without ``eval/`` before it."""
     name = path.as_posix().removeprefix("eval/")
     shipped = not path.exists() and name in resources.listing("eval")
@@ -488,6 +496,10 @@ def _evaluate(argv: Sequence[str]) -> int:
     from llmrec.launch import start
 
     suite, out = override(read_suite(Path(argv[0])), argv[1:]), console()
+    if suite.search:
+        raise UsageError(
+            f"{argv[0]} asks for a search of options. Run it with llmrec search {argv[0]}."
+        )
     accelerator = start("auto")  # processes that part after a run cannot join for the next one
     out.quiet = not accelerator.is_main_process
     code = run_suite(suite, out, accelerator.num_processes)

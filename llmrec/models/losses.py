@@ -8,54 +8,72 @@ P positions, N items, M distinct items of a batch, K negatives, D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmrec.errors import UsageError
+from llmrec.models.chunked import FullSoftmax, OwnNegatives, ScoresLoss
 
-NEGATIVE_LOSSES = ("sampled_softmax", "bce", "gbce")
+OWN_NEGATIVES = ("bce", "gbce", "bpr")
+"""The losses that may give each position negatives of its own."""
+NEGATIVE_LOSSES = ("sampled_softmax", *OWN_NEGATIVES)
 USED_BY = {
     "negatives": NEGATIVE_LOSSES,
-    "share_negatives": ("bce", "gbce"),
+    "share_negatives": OWN_NEGATIVES,
     "sampler": ("sampled_softmax",),
     "correct_positive": ("sampled_softmax",),
     "calibration": ("gbce",),
-    "chunk_megabytes": ("full_softmax",),
+    "chunk_megabytes": ("full_softmax", *OWN_NEGATIVES),
 }
 """Option -> the losses that read it; set for another one it is refused, not ignored."""
+CHUNK_BYTES = 8 << 20
+DENSE_ITEMS_PER_NEGATIVE = 24
+"""Up to so many items for each of a position's negatives, scoring all of them is the faster way.
+
+The two are equal at 15 to 20 for D 16, 23 to 28 for D 64, 37 to 48 for D 256 (one CPU thread,
+1,000 to 12,101 items).
+"""
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """What training minimises, averaged over all positions of a step."""
 
-    name: Literal["full_softmax", "in_batch", "sampled_softmax", "bce", "gbce"] = "full_softmax"
+    name: Literal["full_softmax", "in_batch", "sampled_softmax", "bce", "gbce", "bpr"] = (
+        "full_softmax"
+    )
     """full_softmax: cross-entropy over all items; in_batch: debiased softmax over the items that a
     step meets on all processes (TCF, MoRec), or, with optim.accumulate, one of its pieces;
     sampled_softmax: cross-entropy over the target and K negatives shared by the step, corrected by
     logQ; bce: binary cross-entropy with K negatives (SASRec); gbce: the same calibrated to few
-    negatives (gSASRec). With many negatives these two start slowly and want more epochs than a
-    softmax."""
+    negatives (gSASRec); bpr: the target before each of K negatives (BPR). With many negatives
+    bce and gbce start slowly and want more epochs than a softmax."""
+    positions: Literal["all", "last"] = "all"
+    """Of a training row: whether each item is predicted from those before it, or the last one
+    alone (CPC)."""
     negatives: int = 1
-    """K: negatives per position, or per step where they are shared; sampled_softmax, bce, gbce."""
+    """K: negatives per position, or per step where they are shared; sampled_softmax, bce, gbce,
+    bpr."""
     share_negatives: bool = False
-    """Whether one draw of K serves all positions of a step; bce and gbce. Else each position has
+    """Whether one draw of K serves all positions of a step; bce, gbce, bpr. Else each position has
     its own, never from the user's own training items. sampled_softmax always shares."""
     sampler: Literal["uniform", "popularity"] = "uniform"
     """How sampled_softmax draws its negatives, with replacement: uniformly from all items, or in
-    proportion to training counts. Those of bce and gbce are uniform: nothing corrects them."""
+    proportion to training counts. Those of bce, gbce and bpr are uniform: nothing corrects them."""
     correct_positive: bool = False
     """sampled_softmax: whether the target's score is corrected by logQ as well. Without, the
     negatives' sum estimates the full softmax's without bias."""
     calibration: float = 0.75
     """gbce's t in [0, 1]: 0 is bce, 1 makes the scores those of a model without sampling."""
-    chunk_megabytes: int = 8
-    """Largest piece of the logits that full_softmax holds at a time; 64 is faster from 100,000
-    items on."""
+    chunk_megabytes: int = CHUNK_BYTES >> 20
+    """Largest piece of the logits that full_softmax holds at a time, and of scores or item vectors
+    that bce, gbce and bpr hold for negatives of each position's own; 64 is faster for full_softmax
+    from 100,000 items on."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed, and what this loss would ignore."""
@@ -66,6 +84,11 @@ class LossConfig:
                     f"loss.{option}={str(value).lower()} means nothing to loss.name={self.name}. "
                     f"Leave it out, or use {' or '.join(losses)}."
                 )
+        if self.share_negatives and self.chunk_megabytes != CHUNK_BYTES >> 20:
+            raise UsageError(
+                f"loss.chunk_megabytes={self.chunk_megabytes} means nothing to negatives that the "
+                "step shares. Leave it out, or set loss.share_negatives=false."
+            )
         if self.negatives < 1:
             raise UsageError(f"loss.negatives={self.negatives} must be at least 1.")
         if self.chunk_megabytes < 1:
@@ -79,47 +102,8 @@ class LossConfig:
         return self.share_negatives or self.name == "sampled_softmax"
 
 
-class _FullSoftmax(torch.autograd.Function):
-    """Cross-entropy over all items in chunks of positions; gradients are made in the forward pass.
-
-    With E = exp(S - max) and Z its row sums, d/d states = E V / Z - V[target] and d/d items =
-    E' (states / Z) - ..., so the (P, N) matrix is neither stored nor normalised: a chunk's (c, N)
-    piece is read once for each product.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, items: Tensor, targets: Tensor, chunk_bytes: int
-    ) -> Tensor:
-        rows = min(len(states), max(1, chunk_bytes // (4 * len(items))))
-        grad_states = torch.empty_like(states)
-        grad_items = torch.zeros_like(items)
-        logits_buffer = states.new_empty(rows, len(items))
-        total = states.new_zeros((), dtype=torch.float64)
-        for start in range(0, len(states), rows):
-            piece, target = states[start : start + rows], targets[start : start + rows, None]
-            logits = logits_buffer[: len(piece)]
-            torch.mm(piece, items.T, out=logits)  # (c, D) x (D, N) -> (c, N)
-            logits -= logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, target)  # (c, 1)
-            normaliser = logits.exp_().sum(dim=1, keepdim=True)
-            total += (normaliser.log() - chosen).sum()
-            torch.mm(logits, items, out=grad_states[start : start + rows])
-            grad_states[start : start + rows] /= normaliser
-            grad_items.addmm_(logits.T, piece / normaliser)
-        grad_states -= items[targets]
-        grad_items.index_add_(0, targets, states, alpha=-1)
-        ctx.save_for_backward(grad_states, grad_items)
-        return total.to(states.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        grad_states, grad_items = ctx.saved_tensors  # scaled in place: no second (N, D)
-        return grad_states.mul_(grad_output), grad_items.mul_(grad_output), None, None
-
-
 def full_softmax(
-    states: Tensor, items: Tensor, targets: Tensor, chunk_bytes: int = 8 << 20
+    states: Tensor, items: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
     """Sum of cross-entropies over all N items, in memory bounded by a chunk however large N is.
 
@@ -133,7 +117,7 @@ def full_softmax(
         Scalar; first derivatives only, and one backward pass.
     """
     with torch.autocast(states.device.type, enabled=False):
-        loss: Tensor = _FullSoftmax.apply(states.float(), items.float(), targets, chunk_bytes)
+        loss: Tensor = FullSoftmax.apply(states.float(), items.float(), targets, chunk_bytes)
     return loss
 
 
@@ -181,22 +165,19 @@ def in_batch_softmax(
     return F.cross_entropy(logits.masked_fill(blocked, -torch.inf), targets, reduction="sum")
 
 
-def negative_scores(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-    """Scores of sampled items; a shared one that is the target scores -inf and weighs nothing.
+def shared_scores(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """Scores of K items for all positions; the one that is the target scores -inf: no weight.
 
     Args:
         states: (P, D) user states.
         items: (M, D) vectors.
         targets: (P,) rows of `items`.
-        negatives: rows of `items`: (K,) shared by all positions, or (P, K).
+        negatives: (K,) rows of `items`.
 
     Returns:
         (P, K).
     """
-    vectors = F.embedding(negatives, items)
-    if negatives.dim() == 2:
-        return torch.einsum("pd,pkd->pk", states, vectors).float()
-    scores = (states @ vectors.T).float()  # (P, D) x (D, K) -> (P, K)
+    scores = (states @ F.embedding(negatives, items).T).float()  # (P, D) x (D, K) -> (P, K)
     return scores.masked_fill(negatives == targets[:, None], -torch.inf)
 
 
@@ -228,12 +209,39 @@ def sampled_softmax(
     positive = (states * F.embedding(targets, items)).sum(-1, keepdim=True).float()  # (P, 1)
     if correct_positive:
         positive = positive - log_expected[targets, None]
-    negative = negative_scores(states, items, targets, negatives) - log_expected[negatives]
+    negative = shared_scores(states, items, targets, negatives) - log_expected[negatives]
     logits = torch.cat([positive, negative], dim=1)  # (P, 1 + K)
     return F.cross_entropy(logits, torch.zeros_like(targets), reduction="sum")
 
 
-def bce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+def _over_negatives(
+    states: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    loss: ScoresLoss,
+    chunk_bytes: int,
+) -> Tensor:
+    """A loss of the scores of targets and negatives; these shared (K,), or (P, K) in chunks."""
+    if negatives.dim() == 1:
+        positive = (states * F.embedding(targets, items)).sum(-1).float()  # (P,)
+        return loss(positive, shared_scores(states, items, targets, negatives))
+    dense = len(items) <= DENSE_ITEMS_PER_NEGATIVE * negatives.shape[1]
+    chosen = torch.cat([targets[:, None], negatives], dim=1)  # (P, 1 + K)
+    with torch.autocast(states.device.type, enabled=False):
+        total: Tensor = OwnNegatives.apply(
+            states.float(), items.float(), chosen, loss, chunk_bytes, dense
+        )
+    return total
+
+
+def bce(
+    states: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
     """Sum over positions of -log s(positive) - sum over K of log(1 - s(negative)), as in SASRec.
 
     s is the logistic function.
@@ -243,13 +251,26 @@ def bce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Te
         items: (M, D) vectors.
         targets: (P,) rows of `items`.
         negatives: rows of `items`: (K,) shared, but for a position's own target; or (P, K).
+        chunk_bytes: of (P, K) negatives, size of the largest piece of scores or vectors.
 
     Returns:
-        Scalar.
+        Scalar; with (P, K) negatives first derivatives only, and one backward pass.
     """
-    positive = (states * F.embedding(targets, items)).sum(-1)  # (P,)
-    negative = negative_scores(states, items, targets, negatives)
-    return F.softplus(-positive.float()).sum() + F.softplus(negative).sum()
+    prior = _prior(1.0, negatives)
+
+    def loss(positive: Tensor, negative: Tensor) -> Tensor:
+        return F.softplus(-prior - positive).sum() + F.softplus(prior + negative).sum()
+
+    return _over_negatives(states, items, targets, negatives, loss, chunk_bytes)
+
+
+def _prior(weight: float, negatives: Tensor) -> float:
+    """What bce and gbce add to all scores: the log odds of a target that weighs so much among K.
+
+    A model that tells no items apart then begins at its optimum, instead of spending epochs on
+    driving all scores below 0; no ranking depends on it, and with one negative it is 0.
+    """
+    return math.log(weight / negatives.shape[-1])
 
 
 def gbce_beta(negatives: int, item_count: int, calibration: float) -> float:
@@ -261,7 +282,14 @@ def gbce_beta(negatives: int, item_count: int, calibration: float) -> float:
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 
 
-def gbce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, beta: float) -> Tensor:
+def gbce(
+    states: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    beta: float,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
     """Sum over positions of (-beta log s(positive) - sum over K of log(1 - s(negative))) / (K + 1).
 
     Raising s(positive) to beta undoes the overconfidence that few negatives teach (Petrov and
@@ -273,11 +301,44 @@ def gbce(states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, beta
         targets: (P,) rows of `items`.
         negatives: rows of `items`: (K,) shared, but for a position's own target; or (P, K).
         beta: see `gbce_beta`.
+        chunk_bytes: of (P, K) negatives, size of the largest piece of scores or vectors.
 
     Returns:
-        Scalar.
+        Scalar, as of `bce`.
     """
-    positive = (states * F.embedding(targets, items)).sum(-1)  # (P,)
-    negative = negative_scores(states, items, targets, negatives)
-    total = beta * F.softplus(-positive.float()).sum() + F.softplus(negative).sum()
-    return total / (negatives.shape[-1] + 1)
+    prior = _prior(beta, negatives)
+
+    def loss(positive: Tensor, negative: Tensor) -> Tensor:
+        total = beta * F.softplus(-prior - positive).sum() + F.softplus(prior + negative).sum()
+        return total / (negatives.shape[-1] + 1)
+
+    return _over_negatives(states, items, targets, negatives, loss, chunk_bytes)
+
+
+def bpr(
+    states: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Sum over positions of the mean over K of -log s(positive - negative).
+
+    Bayesian personalised ranking (Rendle et al. 2009), without its penalty on the vectors. A shared
+    negative that is the target weighs nothing, and still counts among the K.
+
+    Args:
+        states: (P, D) user states.
+        items: (M, D) vectors.
+        targets: (P,) rows of `items`.
+        negatives: rows of `items`: (K,) shared, but for a position's own target; or (P, K).
+        chunk_bytes: of (P, K) negatives, size of the largest piece of scores or vectors.
+
+    Returns:
+        Scalar, as of `bce`.
+    """
+
+    def loss(positive: Tensor, negative: Tensor) -> Tensor:
+        return F.softplus(negative - positive[:, None]).sum() / negatives.shape[-1]
+
+    return _over_negatives(states, items, targets, negatives, loss, chunk_bytes)

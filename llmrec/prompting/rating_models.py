@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from llmrec.errors import UsageError
 from llmrec.evaluation.metrics import Float64
-from llmrec.models.sasrec import SASRec, UserModelConfig
+from llmrec.models.config import UserModelConfig
+from llmrec.models.sasrec import SASRec
 from llmrec.prompting.rating_data import (
     MOST_LEVELS,
     Offsets,
@@ -224,7 +225,7 @@ class TransformerRater(Rater):
         known = torch.from_numpy(items).to(device)  # (B, L + 1)
         vectors = self.items(known)  # (B, L + 1, D)
         told = vectors + self.stars(torch.from_numpy(stars).to(device))
-        state = self.transformer(told, known > 0, last_only=True)[:, -1]
+        state = self.transformer.last(told, known > 0)
         self.flops += 6 * int(lengths.sum() + len(pairs)) * linear_weights(self.transformer)
         return torch.cat([state, vectors[:, -1]], dim=1)
 

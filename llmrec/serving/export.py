@@ -146,7 +146,8 @@ def finished_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 def item_vectors(restored: Restored) -> NDArray[np.float32]:
     """(N, D), in the catalogue's order; the dot product with a user's vector is the run's score."""
     with torch.inference_mode():
-        vectors = restored.recommender.item_vectors()[1:]
+        model = restored.recommender
+        vectors = model.candidates(model.item_vectors())[1:]
     return np.ascontiguousarray(vectors.float().cpu().numpy())
 
 

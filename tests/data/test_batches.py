@@ -17,15 +17,21 @@ def sequences(*users):
     )
 
 
-def rows_of(interactions, max_length=50, held_out=0):
+def rows_of(interactions, max_length=50, held_out=0, **asked):
     """Training rows of all but the last `held_out` interactions."""
     ends = np.maximum(interactions.offsets[1:] - held_out, interactions.offsets[:-1])
-    return TrainingRows.of(interactions, ends, max_length)
+    return TrainingRows.of(interactions, ends, max_length, **asked)
 
 
 def lengths_of(lengths):
     """Training rows with so many pairs each."""
     return rows_of(sequences(*([1] * (length + 1) for length in lengths)))
+
+
+def pairs(rows, chosen):
+    """Inputs and targets of some rows."""
+    found = rows.examples(np.array(chosen), np.random.default_rng(0))
+    return found.inputs, found.targets
 
 
 TWO = sequences([1, 2, 3, 4], [5, 6])
@@ -66,19 +72,19 @@ def test_windows_are_the_ends_of_the_histories(users, max_length):
 
 
 def test_targets_are_the_inputs_moved_by_one():
-    inputs, targets = rows_of(TWO).pairs(np.array([0, 1]))
+    inputs, targets = pairs(rows_of(TWO), [0, 1])
     np.testing.assert_array_equal(inputs, [[1, 2, 3], [0, 0, 5]])
     np.testing.assert_array_equal(targets, [[2, 3, 4], [0, 0, 6]])
 
 
 def test_a_capped_row_keeps_its_most_recent_pairs():
-    inputs, targets = rows_of(TWO, max_length=2).pairs(np.array([0, 1]))
+    inputs, targets = pairs(rows_of(TWO, max_length=2), [0, 1])
     np.testing.assert_array_equal(inputs, [[2, 3], [0, 5]])
     np.testing.assert_array_equal(targets, [[3, 4], [0, 6]])
 
 
 def test_held_out_items_are_in_no_pair():
-    inputs, targets = rows_of(TWO, held_out=1).pairs(np.array([0]))
+    inputs, targets = pairs(rows_of(TWO, held_out=1), [0])
     np.testing.assert_array_equal((inputs, targets), [[[1, 2]], [[2, 3]]])
 
 
@@ -87,11 +93,78 @@ def test_a_user_without_a_pair_is_no_row():
     assert (rows.users.tolist(), rows.lengths.tolist()) == ([1, 3], [1, 2])
 
 
+def test_the_last_position_alone_may_be_asked_for():
+    rows = rows_of(TWO, last_only=True)
+    inputs, targets = pairs(rows, [0, 1])
+    np.testing.assert_array_equal(inputs, [[1, 2, 3], [0, 0, 5]])  # the whole history is read
+    np.testing.assert_array_equal(targets, [[0, 0, 4], [0, 0, 6]])
+    assert rows.targets.tolist() == [1, 1]
+
+
+def test_a_user_of_one_item_asks_for_it_where_no_history_is_read():
+    rows = rows_of(sequences([1], [2, 3], []), objective="user")
+    found = rows.examples(np.array([0, 1]), np.random.default_rng(0))
+    assert (found.users.tolist(), rows.targets.tolist()) == ([0, 1], [1, 2])
+    np.testing.assert_array_equal(found.targets, [[0, 1], [2, 3]])
+
+
+ten = sequences(list(range(1, 11)), [11, 12, 13], [14, 15])
+
+
+def test_so_many_of_a_row_are_masked():
+    """A share of .4: 4 of 10; 1.2 of 3, so 1; .8 of 2, so 1."""
+    rows = rows_of(ten, objective="masked", mask_share=0.4)
+    found = rows.examples(np.array([0, 1, 2]), np.random.default_rng(0))
+    assert found.masked.sum(1).tolist() == rows.targets.tolist() == [4, 1, 1]
+
+
+@given(histories, st.integers(1, 10), st.floats(0.01, 1), st.integers(0, 3))
+def test_an_item_is_read_or_asked_for_and_never_both(users, max_length, share, seed):
+    rows = rows_of(sequences(*users), max_length, objective="masked", mask_share=share)
+    if not len(rows):
+        return
+    found = rows.examples(np.arange(len(rows)), np.random.default_rng(seed))
+    np.testing.assert_array_equal(
+        np.where(found.masked, found.targets, found.inputs), found.sequences
+    )
+    assert not (found.inputs[found.masked].any() or found.targets[~found.masked].any())
+    assert found.masked.sum(1).tolist() == rows.targets.tolist()
+    recent = [items[-max_length:] for items in users if len(items) > 1]
+    assert [row[row > 0].tolist() for row in found.sequences] == recent
+
+
+def test_every_item_of_a_row_is_masked_about_equally_often():
+    rows = rows_of(ten, objective="masked", mask_share=0.4)
+    rng = np.random.default_rng(0)
+    counts = sum(rows.examples(np.array([0]), rng).masked[0].astype(int) for _ in range(2000))
+    # 800 of 2,000 draws; standard deviation sqrt(2000 x .4 x .6) = 22.
+    assert abs(counts - 800).max() < 4 * 22
+
+
+def test_the_last_item_alone_may_be_masked():
+    rows = rows_of(ten, objective="masked", last_only=True)
+    found = rows.examples(np.array([1, 2]), np.random.default_rng(0))
+    np.testing.assert_array_equal(found.inputs, [[11, 12, 0], [0, 14, 0]])
+    np.testing.assert_array_equal(found.targets, [[0, 0, 13], [0, 0, 15]])
+
+
+@pytest.mark.parametrize("objective", ["next", "masked", "user"])
+def test_some_rows_are_those_of_all_trimmed_to_their_longest(objective):
+    rows = rows_of(ten, objective=objective)
+    found = rows.examples(np.array([0, 1, 2]), np.random.default_rng(0))
+    some, width = found.take(np.array([2, 1])), 3 - (objective == "next")
+    for whole, part in (
+        (found.inputs, some.inputs), (found.targets, some.targets), (found.masked, some.masked)
+    ):  # fmt: skip
+        np.testing.assert_array_equal(part, whole[[2, 1], -width:])
+    np.testing.assert_array_equal(some.sequences, [[0, 14, 15], [11, 12, 13]])
+
+
 @given(histories, st.integers(1, 10))
 def test_lengths_count_the_pairs(users, max_length):
     rows = rows_of(sequences(*users), max_length)
     if len(rows):
-        _, targets = rows.pairs(np.arange(len(rows)))
+        _, targets = pairs(rows, np.arange(len(rows)))
         assert (targets > 0).sum(1).tolist() == rows.lengths.tolist()
 
 
@@ -164,6 +237,36 @@ def test_drawing_stops_for_a_user_who_has_everything():
     )
     assert ((drawn >= 1) & (drawn <= 3)).all()
     assert set(drawn[1].flat) <= {2, 3}
+
+
+def drawn_by_search(interactions, item_count, users, shape, rng):
+    """The same draws the plain way: every one is looked for among all pairs of users and items."""
+    pairs = set(zip(interactions.users().tolist(), interactions.items.tolist(), strict=True))
+    negatives = rng.integers(1, item_count + 1, size=(len(users), *shape))
+    flat = negatives.reshape(len(users), -1)
+    places = [(row, column) for row in range(len(users)) for column in range(flat.shape[1])]
+    for _ in range(50):
+        places = [place for place in places if (users[place[0]], flat[place]) in pairs]
+        if not places:
+            break
+        for place, item in zip(places, rng.integers(1, item_count + 1, len(places)), strict=True):
+            flat[place] = item
+    return negatives
+
+
+@pytest.mark.parametrize("marks", [1, 25, 1 << 22])  # one user at a time, two of them, all
+def test_draws_are_those_of_a_plain_search(marks, monkeypatch):
+    monkeypatch.setattr("llmrec.data.batches.MARKS", marks)
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(1, 12, size=length).tolist() for length in (0, 3, 9, 30, 1, 0, 20)]
+    interactions, users = sequences(*lists, list(range(1, 12))), np.array([6, 7, 3, 3, 0, 2])
+    ours, plain = np.random.default_rng(1), np.random.default_rng(1)
+    negatives = sampler(interactions, 11)
+    for shape in ((4, 5), (1, 1), (20, 2)):  # one after the other: nothing is left behind
+        found = negatives.draw(users, shape, ours)
+        wanted = drawn_by_search(interactions, 11, users, shape, plain)
+        np.testing.assert_array_equal(found, wanted)
+    assert ours.integers(1 << 30) == plain.integers(1 << 30)
 
 
 def shared(name, held_out):

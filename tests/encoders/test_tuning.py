@@ -12,7 +12,7 @@ from llmrec.encoders.text import TextEncoder
 from llmrec.encoders.tower import TowerConfig
 from llmrec.encoders.tuning import LoraOptions, TunableEncoder, make_trainable
 from llmrec.errors import UsageError
-from llmrec.models.sasrec import UserModelConfig
+from llmrec.models.config import UserModelConfig
 from llmrec.options import parse
 
 

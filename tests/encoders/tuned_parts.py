@@ -6,13 +6,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llmrec.data.batches import Examples
 from llmrec.encoders.text import TextEncoder
 from llmrec.encoders.tower import TowerConfig, build_tower
 from llmrec.encoders.tuned import TunedEncoder
 from llmrec.encoders.tuning import TunableEncoder
+from llmrec.models.config import UserModelConfig
 from llmrec.models.losses import LossConfig
 from llmrec.models.recommender import Batch, Recommender
-from llmrec.models.sasrec import SASRec, UserModelConfig
+from llmrec.models.sasrec import SASRec
 
 CPU = torch.device("cpu")
 WORDS = "red green blue shoe boot hat coat scarf for men women kids summer winter rain snow".split()
@@ -61,9 +63,9 @@ def batch(loss: str) -> Batch:
     items = draws.integers(1, 25, (3, 7))
     items[0, :3] = 0
     items[1, 2] = 7  # without text
-    inputs, targets = items[:, :-1], np.where(items[:, :-1] > 0, items[:, 1:], 0)
     shape = {"in_batch": (3, 6, 0), "full_softmax": (3, 6, 0), "bce": (3, 6, 5)}.get(loss, (5,))
-    return Batch.of(inputs, targets, draws.integers(1, len(TEXTS) + 1, shape))
+    examples = Examples.following(np.arange(3), items)
+    return Batch.of(examples, draws.integers(1, len(TEXTS) + 1, shape))
 
 
 def gradients(model: Recommender, loss) -> dict[str, torch.Tensor]:

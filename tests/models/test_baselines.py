@@ -1,4 +1,4 @@
-"""Rows that learn nothing: what each scores, against a few lines that compute the same."""
+"""Rows that read texts and learn nothing, against a few lines that compute the same."""
 
 import math
 import re
@@ -8,46 +8,13 @@ import numpy as np
 import pytest
 import torch
 from small_runs import mean, per_user, record, refusal, train
+from small_shops import TITLES, known, scores
 
-from llmrec.data.interactions import Cases, Catalog, Dataset, Interactions
 from llmrec.errors import UsageError
 from llmrec.evaluation.config import EvaluationConfig
 from llmrec.evaluation.metrics import merge
 from llmrec.evaluation.ranking import rank_scores
-from llmrec.models.baselines import BASELINES, Known
-
-TITLES = ["red lamp", "blue chair", "red chair", "oak desk", "", "a lamp, a red lamp"]
-
-
-def known(histories, titles=TITLES, vectors=None, max_length=50, counts=None):
-    """What a baseline sees of hand-written histories, whose last item is the target."""
-    offsets = np.cumsum([0, *map(len, histories)]).astype(np.int64)
-    interactions = Interactions(np.concatenate(histories).astype(np.int32), offsets)
-    last = offsets[1:] - 1
-    catalog = Catalog([f"i{n}" for n in range(len(titles))], {}, list(titles), "hash")
-    dataset = Dataset("shop", interactions, catalog, [f"u{n}" for n in range(len(histories))])
-    cases = Cases(np.arange(len(histories), dtype=np.int32), last, last)
-    if vectors is None:
-        vectors = np.empty((len(titles), 0), np.float32)
-    if counts is None:
-        counts = np.zeros(len(titles) + 1, np.int64)
-    return Known(dataset, cases, counts, np.array(vectors, np.float32), max_length)
-
-
-def scores(name, *arguments, **changes):
-    """Scores of items 1..N for every case, (C, N)."""
-    asked = known(*arguments, **changes)
-    items = asked.dataset.item_count
-    return BASELINES[name](asked)(np.arange(len(asked.cases)))[:, 1 : items + 1].double().numpy()
-
-
-def test_popularity_and_random_are_the_same_for_everybody():
-    counts = np.array([0, 5, 1, 0, 2, 0, 7])
-    assert (
-        scores("popularity", [[1, 2], [3, 4, 1]], counts=counts).tolist()
-        == [[5, 1, 0, 2, 0, 7]] * 2
-    )
-    assert scores("random", [[1, 2], [3, 4, 1]], counts=counts).tolist() == [[0] * 6] * 2
+from llmrec.models.baselines import BASELINES
 
 
 def test_embedding_is_the_mean_cosine_with_the_history():
@@ -106,7 +73,7 @@ def test_items_with_the_same_text_tie_exactly(name):
     titles = [" ".join(rng.choice(words, 5)) for _ in range(50)] * 2
     vectors = np.tile(rng.standard_normal((50, 33)), (2, 1))
     histories = [rng.choice(np.arange(1, 51), 9, replace=False) for _ in range(40)]
-    asked = known(histories, titles, vectors)
+    asked = known(name, histories, titles, vectors)
     found = scores(name, histories, titles, vectors)
     assert np.array_equal(found[:, :50], found[:, 50:])
     allowed = np.arange(101) > 0
@@ -180,8 +147,9 @@ def test_data_without_text_is_refused(tmp_path, name):
     assert "text" in refusal(tmp_path / "run", **options)
 
 
-def test_a_baseline_gives_scores_of_its_own_to_every_block():
-    asked = known([[1, 2], [3, 1], [4, 2]])
-    whole = BASELINES["bm25"](asked)
+@pytest.mark.parametrize("name", ["bm25", "ease", "item_knn", "markov", "repeat_history"])
+def test_a_baseline_gives_scores_of_its_own_to_every_block(name):
+    asked = known(name, [[1, 2], [3, 1], [4, 2]])
+    whole = BASELINES[name](asked)
     parts = torch.cat([whole(np.array([case])).clone() for case in range(3)])
     assert torch.equal(parts, whole(np.arange(3)))

@@ -10,6 +10,7 @@ from llmrec.errors import UsageError
 from llmrec.models.losses import (
     LossConfig,
     bce,
+    bpr,
     full_softmax,
     gbce,
     gbce_beta,
@@ -104,17 +105,30 @@ def test_bce_is_the_sum_of_log_odds():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_bpr_is_the_mean_of_log_odds_of_differences():
+    states = torch.tensor([[1.0, 0.0]])
+    items = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 5.0]])
+    # (-log s(2 - (-1)) - log s(2 - 0)) / 2 = (log(1 + e^-3) + log(1 + e^-2)) / 2
+    expected = (math.log1p(math.exp(-3)) + math.log1p(math.exp(-2))) / 2
+    loss = bpr(states, items, torch.tensor([1]), torch.tensor([[2, 0]]))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 P, M, K = 20, 30, 7
+CASES = {"shared": M, "own, all items scored": M, "own, gathered": 25 * K}
+"""How negatives are held -> M; up to 24 items a negative, all of them are scored."""
 
 
-def random_case(shared):
+def random_case(case="shared"):
     """States, items, targets, negatives: (K,) shared, one of them a target twice, or (P, K)."""
     torch.manual_seed(3)
-    states, items = torch.randn(P, 8), torch.randn(M, 8)
-    targets = torch.randint(0, M, (P,))
-    negatives = torch.randint(0, M, (K,) if shared else (P, K))
-    if shared:
+    states, items = torch.randn(P, 8), torch.randn(CASES[case], 8)
+    targets = torch.randint(0, len(items), (P,))
+    negatives = torch.randint(0, len(items), (K,) if case == "shared" else (P, K))
+    if case == "shared":
         negatives[1] = negatives[4] = targets[0]
+    else:  # the same item again and again, and the target itself
+        negatives[0, 1:5], negatives[1, 2] = 3, targets[1]
     return states, items, targets, negatives
 
 
@@ -134,39 +148,93 @@ def same(ours, plain, states, items):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_bce_equals_its_formula(shared):
-    states, items, targets, negatives = random_case(shared)
+def plain_bce(case, beta=1.0, parts=1):
+    """Bce's formula, its positives to the power of beta, over so many parts."""
+    _, _, targets, negatives = case
 
     def plain(s, v):
         total = s.new_zeros(())
         for p in range(P):
-            total = total - torch.sigmoid(s[p] @ v[targets[p]]).log()
+            total = total - (torch.sigmoid(s[p] @ v[targets[p]]) ** beta).log() / parts
             for n in kept_negatives(targets, negatives, p):
-                total = total - (1 - torch.sigmoid(s[p] @ v[n])).log()
+                total = total - (1 - torch.sigmoid(s[p] @ v[n])).log() / parts
         return total
 
-    same(lambda s, v: bce(s, v, targets, negatives), plain, states, items)
+    return plain
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_bce_equals_its_formula(name):
+    case = states, items, targets, negatives = random_case(name)
+    same(lambda s, v: bce(s, v, targets, negatives), plain_bce(case), states, items)
+
+
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
-def test_gbce_equals_its_formula(shared, calibration):
-    states, items, targets, negatives = random_case(shared)
+def test_gbce_equals_its_formula(name, calibration):
+    case = states, items, targets, negatives = random_case(name)
     catalogue = 1001
     alpha = K / (catalogue - 1)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    ours = gbce_beta(K, catalogue, calibration)
+    plain = plain_bce(case, beta, K + 1)
+    same(lambda s, v: gbce(s, v, targets, negatives, ours), plain, states, items)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bpr_equals_its_formula(name):
+    states, items, targets, negatives = random_case(name)
 
     def plain(s, v):
         total = s.new_zeros(())
         for p in range(P):
-            total = total - (torch.sigmoid(s[p] @ v[targets[p]]) ** beta).log() / (K + 1)
             for n in kept_negatives(targets, negatives, p):
-                total = total - (1 - torch.sigmoid(s[p] @ v[n])).log() / (K + 1)
+                difference = s[p] @ v[targets[p]] - s[p] @ v[n]
+                total = total - torch.sigmoid(difference).log() / K
         return total
 
-    ours = gbce_beta(K, catalogue, calibration)
-    same(lambda s, v: gbce(s, v, targets, negatives, ours), plain, states, items)
+    same(lambda s, v: bpr(s, v, targets, negatives), plain, states, items)
+
+
+@pytest.mark.parametrize("name", ["own, all items scored", "own, gathered"])
+@pytest.mark.parametrize("rows", [0, 7, 19])  # of a chunk of 20 positions; at least one is taken
+def test_a_chunk_of_any_size_gives_the_same(name, rows):
+    case = states, items, targets, negatives = random_case(name)
+    row = len(items) if name == "own, all items scored" else (1 + K) * 8
+    chunk_bytes = 4 * row * rows
+    same(lambda s, v: bce(s, v, targets, negatives, chunk_bytes), plain_bce(case), states, items)
+
+
+@pytest.mark.parametrize("name", ["own, all items scored", "own, gathered"])
+def test_all_items_are_scored_where_that_is_less_work(name, monkeypatch):
+    states, items, targets, negatives = random_case(name)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a) or mm(*a, **k))
+    bce(states, items, targets, negatives)
+    assert bool(products) == (name == "own, all items scored")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_of_half_precision_states_are_summed_in_full(name):
+    states, items, targets, negatives = random_case(name)
+    states, items = states.bfloat16(), items.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = bce(states, items, targets, negatives)
+    full = bce(states.float(), items.float(), targets, negatives)
+    # Shared negatives are scored in half precision: 8 bits each, errors of either sign.
+    within = 1e-2 if name == "shared" else 1e-7
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=within)
+
+
+@pytest.mark.parametrize("loss", [bce, bpr, full_softmax])
+def test_a_process_without_positions_adds_nothing(loss):
+    items = torch.randn(5, 8, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    negatives = () if loss is full_softmax else (none.reshape(0, 3),)
+    total = loss(torch.zeros(0, 8), items, none, *negatives)
+    total.backward()
+    assert total.item() == 0 and not items.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -184,8 +252,8 @@ def test_gbce_beta_as_a_table(negatives, items, calibration, beta):
 
 @pytest.mark.parametrize("correct_positive", [False, True])
 def test_sampled_softmax_equals_its_formula(correct_positive):
-    states, items, targets, negatives = random_case(shared=True)
-    log_expected = torch.randn(M)
+    states, items, targets, negatives = random_case()
+    log_expected = torch.randn(len(items))
 
     def plain(s, v):
         total = s.new_zeros(())
@@ -226,7 +294,12 @@ def test_sampled_softmax_estimates_the_sum_over_all_items_without_bias():
     ("options", "said"),
     [
         ({"name": "full_softmax", "negatives": 5}, r"loss\.negatives=5 means nothing"),
-        ({"name": "bce", "chunk_megabytes": 9}, r"loss\.chunk_megabytes=9 means nothing"),
+        ({"name": "in_batch", "chunk_megabytes": 9}, r"loss\.chunk_megabytes=9 means nothing"),
+        (
+            {"name": "bpr", "share_negatives": True, "chunk_megabytes": 9},
+            r"chunk_megabytes=9 means nothing to negatives that the step shares",
+        ),
+        ({"name": "bpr", "sampler": "popularity"}, "sampler=popularity means nothing"),
         ({"name": "bce", "calibration": 0.5}, r"loss\.calibration=0\.5 means nothing"),
         ({"name": "sampled_softmax", "share_negatives": True}, "share_negatives=true means"),
         ({"name": "gbce", "calibration": 1.5}, r"must lie in \[0, 1\]"),

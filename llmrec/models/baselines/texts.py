@@ -1,64 +1,19 @@
-"""Rows that every table needs and that learn nothing by gradients: they count, or read, and rank.
-
-Each says how the items score for some cases, and is ranked as any other recommender is.
-"""
+"""Rows that read item texts and learn nothing: cosine of vectors, and BM25."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.data.interactions import Cases, Dataset, Float32, Int32, Int64
+from llmrec.data.interactions import Int64
 from llmrec.data.tfidf import TOKEN
 from llmrec.errors import UsageError
 from llmrec.evaluation.products import Scores, dot_products
+from llmrec.models.baselines.known import Known
 
 K1, B = 1.5, 0.75
 """BM25's parameters: how soon repeats of a word stop to count, how much a long text pays."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What a baseline may look at."""
-
-    dataset: Dataset
-    cases: Cases
-    """The questions it is asked."""
-    counts: Int64
-    """Training interactions of the items, (N + 1,)."""
-    vectors: Float32
-    """Of the items' texts, (N, H), rows of zeros where there is none; (N, 0) where none are
-    read."""
-    max_length: int
-    """Most recent items of a history that are read."""
-
-    def recent(self, case: int) -> Int32:
-        """The last items of a case's visible history, (L,)."""
-        interactions, end = self.dataset.interactions, int(self.cases.end[case])
-        start = max(int(interactions.offsets[self.cases.user[case]]), end - self.max_length)
-        return interactions.items[start:end]
-
-
-def popularity(known: Known) -> Scores:
-    """An item's score is its training count, the same for everybody."""
-    return _alike(torch.from_numpy(known.counts).float())
-
-
-def random(known: Known) -> Scores:
-    """Every item scores the same.
-
-    Ties are averaged, so this is the exact mean over all random orders.
-    """
-    return _alike(torch.zeros(len(known.counts)))
-
-
-def _alike(values: Tensor) -> Scores:
-    """An item's score is its own single number, (N + 1,)."""
-    return dot_products(lambda block: torch.ones(len(block), 1), values[:, None])
 
 
 def embedding(known: Known) -> Scores:
@@ -108,13 +63,3 @@ def bm25(known: Known) -> Scores:
         return torch.from_numpy(found)
 
     return scores
-
-
-BASELINES: dict[str, Callable[[Known], Scores]] = {
-    "popularity": popularity,
-    "random": random,
-    "embedding": embedding,
-    "bm25": bm25,
-}
-READ_VECTORS = frozenset({"embedding"})
-"""Of these, the ones that need the items' texts as vectors."""

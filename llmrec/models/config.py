@@ -1,0 +1,121 @@
+"""Options of user models and of the rows that learn nothing by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.errors import UsageError
+
+TRANSFORMERS = ("sasrec", "bert4rec")
+USED_BY = {
+    "norm": TRANSFORMERS,
+    "feed_forward": TRANSFORMERS,
+    "positions": TRANSFORMERS,
+    "mask_share": ("bert4rec",),
+    "kernel": ("nextitnet",),
+    "dilations": ("nextitnet",),
+    "neighbours": ("item_knn",),
+    "shrinkage": ("item_knn",),
+    "l2": ("ease",),
+    "recent_share": ("recent_popularity",),
+}
+"""Option -> the models that read it; set for another one it is refused, not ignored."""
+
+
+@dataclass(frozen=True)
+class UserModelConfig:
+    """What turns a history of item vectors into a user vector."""
+
+    name: Literal[
+        "sasrec", "bert4rec", "gru4rec", "nextitnet", "dssm_history", "dssm", "mf", "lightgcn",
+        "popularity", "recent_popularity", "random", "repeat_history", "item_knn", "markov",
+        "ease", "embedding", "bm25",
+    ] = "sasrec"  # fmt: skip
+    """A model that reads histories: sasrec (causal Transformer), bert4rec (Transformer that reads
+    both ways, trained on masked items), gru4rec (recurrent), nextitnet (dilated causal
+    convolutions), dssm_history (a network over the mean of the history). Or one that knows a user
+    by ID alone: dssm (two networks), mf (matrix factorisation), lightgcn (both over the graph of
+    users and items). Or a row that learns nothing by gradients: popularity; recent_popularity;
+    random; repeat_history: the items of the history, the latest first; item_knn: likeness in users
+    with those of the history; markov: what followed the last item; ease: a linear model of all
+    items in closed form; embedding: mean cosine of the items' text vectors with those of the
+    history; bm25: words that an item's text shares with those of the history (k1 1.5, b .75)."""
+    width: int = 64
+    """D, of item and user vectors alike."""
+    blocks: int = 1
+    """Transformer blocks, recurrent layers, times that `dilations` are gone through, hidden layers
+    of each network, steps in the graph."""
+    heads: int = 2
+    """Attention heads; must divide width."""
+    dropout: float = 0.2
+    """On inputs and inside of blocks; of mf and lightgcn on both vectors."""
+    max_length: int = 50
+    """L: most recent items of a history that are read; of a model that knows users by ID, that it
+    learns from."""
+    norm: Literal["post", "pre"] = "post"
+    """Transformers: LayerNorm after each branch's sum, or before each branch and once at the
+    end."""
+    feed_forward: Literal["gelu", "gated"] = "gelu"
+    """Transformers: GELU of 4 D units, or SwiGLU of 8/3 D (as many weights)."""
+    positions: Literal["learned", "rotary", "relative"] = "learned"
+    """Transformers: a vector per position added to the items, rotated queries and keys, or a
+    learned number per head and distance added to the attention's logits."""
+    mask_share: float = 0.2
+    """bert4rec: share of a training row's items that are masked, at least one of them."""
+    kernel: int = 3
+    """nextitnet: items that a convolution looks at."""
+    dilations: Sequence[int] = (1, 4)
+    """nextitnet: dilation of each residual block's first convolution; its second has twice that."""
+    neighbours: int | Literal["all"] = 100
+    """item_knn: most similar items that are kept of each item."""
+    shrinkage: float = 0.0
+    """item_knn: users added to the denominator of the cosine, against likeness by chance."""
+    l2: float = 500.0
+    """ease: weight of the squared norm."""
+    recent_share: float = 0.1
+    """recent_popularity: newest share of the training interactions, by time, that is counted."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built, and what this model would ignore."""
+        if isinstance(self.dilations, list):  # from YAML
+            object.__setattr__(self, "dilations", tuple(self.dilations))
+        for option, models in USED_BY.items():
+            value = getattr(self, option)
+            if (
+                self.name not in models
+                and value != UserModelConfig.__dataclass_fields__[option].default
+            ):
+                raise UsageError(
+                    f"model.{option}={value} means nothing to model.name={self.name}. Leave it "
+                    f"out, or use {' or '.join(models)}."
+                )
+        if min(self.width, self.blocks, self.heads, self.max_length) < 1:
+            raise UsageError("model.width, blocks, heads and max_length must be at least 1.")
+        if self.name in TRANSFORMERS and self.width % self.heads:
+            raise UsageError(
+                f"model.width={self.width} is not divisible by model.heads={self.heads}."
+            )
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise UsageError(
+                f"model.positions=rotary turns pairs of numbers, and a head of model.width="
+                f"{self.width} / model.heads={self.heads} has an odd one. Change either."
+            )
+        for option in ("dropout", "mask_share", "recent_share"):
+            value = getattr(self, option)
+            lowest_is_fine = option == "dropout"
+            if not (0 <= value < 1 if lowest_is_fine else 0 < value <= 1):
+                span = "[0, 1)" if lowest_is_fine else "(0, 1]"
+                raise UsageError(f"model.{option}={value} must lie in {span}.")
+        if self.kernel < 2 or not self.dilations or min(self.dilations) < 1:
+            raise UsageError(
+                f"model.kernel={self.kernel} must be at least 2, and model.dilations="
+                f"{list(self.dilations)} whole numbers from 1 on."
+            )
+        if self.neighbours != "all" and self.neighbours < 1:
+            raise UsageError(f"model.neighbours={self.neighbours} must be at least 1, or all.")
+        if not self.shrinkage >= 0:
+            raise UsageError(f"model.shrinkage={self.shrinkage} must not be below 0.")
+        if not self.l2 > 0:
+            raise UsageError(f"model.l2={self.l2} must be above 0.")
