@@ -75,8 +75,12 @@ def parse(
 
 
 def as_dict(config: object) -> dict[str, Any]:
-    """A config as plain values, ready for YAML and JSON."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+    """A config as plain values, ready for YAML and JSON; they know lists and no tuples."""
+    return dataclasses.asdict(config, dict_factory=_listed)  # type: ignore[call-overload,no-any-return]
+
+
+def _listed(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
 
 
 def as_yaml(config: object) -> str:

@@ -60,6 +60,7 @@ ONLY_IN = {  # third-party package -> the modules that may import it
     "aiohttp": r"chat\..*",
     "rapidfuzz": r"(chat|prompting)\..*",
     "bm25s": r"models\.baselines\.texts",
+    "psutil": r"models\.baselines\.ease",
     "optuna": r"studies\..*",
     "torch": rf"(?!{NO_TORCH}$).*",
 }

@@ -53,10 +53,10 @@ class UserModelConfig:
     """On inputs and inside of blocks; of mf and lightgcn on both vectors."""
     max_length: int = 50
     """L: most recent items of a history that are read; of a model that knows users by ID, that it
-    learns from."""
+    learns from. ease and repeat_history read all."""
     norm: Literal["post", "pre"] = "post"
-    """Transformers: LayerNorm after each branch's sum, or before each branch and once at the
-    end."""
+    """Transformers: LayerNorm after each branch's sum, or before each branch and once at the end;
+    the items are normed either way."""
     feed_forward: Literal["gelu", "gated"] = "gelu"
     """Transformers: GELU of 4 D units, or SwiGLU of 8/3 D (as many weights)."""
     positions: Literal["learned", "rotary", "relative"] = "learned"
@@ -79,14 +79,11 @@ class UserModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, and what this model would ignore."""
-        if isinstance(self.dilations, list):  # from YAML
-            object.__setattr__(self, "dilations", tuple(self.dilations))
+        object.__setattr__(self, "dilations", tuple(self.dilations))  # YAML gives a list
         for option, models in USED_BY.items():
             value = getattr(self, option)
-            if (
-                self.name not in models
-                and value != UserModelConfig.__dataclass_fields__[option].default
-            ):
+            default = UserModelConfig.__dataclass_fields__[option].default
+            if self.name not in models and value != default:
                 raise UsageError(
                     f"model.{option}={value} means nothing to model.name={self.name}. Leave it "
                     f"out, or use {' or '.join(models)}."

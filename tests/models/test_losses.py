@@ -99,9 +99,29 @@ def test_in_batch_softmax_over_distinct_items_equals_the_duplicated_columns():
 def test_bce_is_the_sum_of_log_odds():
     states = torch.tensor([[1.0, 0.0]])
     items = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-1.0, 5.0]])
-    # -log s(2) - log(1 - s(-1)) - log(1 - s(0)) = log(1 + e^-2) + log(1 + e^-1) + log 2
-    expected = math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log(2)
+    # One target among 2 negatives: odds of 1 / 2 on top of e^score.
+    # log(1 + 2 e^-2) + log(1 + e^-1 / 2) + log(1 + 1 / 2)
+    expected = math.log1p(2 * math.exp(-2)) + math.log1p(math.exp(-1) / 2) + math.log(1.5)
     loss = bce(states, items, torch.tensor([1]), torch.tensor([[2, 0]]))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("negatives", [[2], [2, 0, 1]])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_that_tells_no_items_apart_begins_at_the_optimum_of_bce_and_gbce(negatives, own):
+    """All scores 0: moving all of them by the same number is no help, whatever K and beta."""
+    states, items = torch.ones(1, 1), torch.zeros(4, 1)
+    sampled = torch.tensor([negatives] if own else negatives)
+    for loss in (bce, lambda *given: gbce(*given, 0.3)):
+        shift = torch.zeros((), requires_grad=True)
+        loss(states, items + shift, torch.tensor([3]), sampled).backward()
+        assert shift.grad.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_one_negative_of_plain_bce_leaves_scores_as_they_are():
+    states, items = torch.tensor([[1.0]]), torch.tensor([[2.0], [-1.0]])
+    expected = math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))
+    loss = bce(states, items, torch.tensor([0]), torch.tensor([[1]]))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -151,13 +171,14 @@ def same(ours, plain, states, items):
 def plain_bce(case, beta=1.0, parts=1):
     """Bce's formula, its positives to the power of beta, over so many parts."""
     _, _, targets, negatives = case
+    prior = math.log(beta / K)
 
     def plain(s, v):
         total = s.new_zeros(())
         for p in range(P):
-            total = total - (torch.sigmoid(s[p] @ v[targets[p]]) ** beta).log() / parts
+            total = total - (torch.sigmoid(prior + s[p] @ v[targets[p]]) ** beta).log() / parts
             for n in kept_negatives(targets, negatives, p):
-                total = total - (1 - torch.sigmoid(s[p] @ v[n])).log() / parts
+                total = total - (1 - torch.sigmoid(prior + s[p] @ v[n])).log() / parts
         return total
 
     return plain
