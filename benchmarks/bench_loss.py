@@ -15,6 +15,7 @@ among all pairs of users and items.
 
 from measure import Row, Times, extra_memory, in_fresh_process, movielens, report  # isort: skip  # limits threads
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -77,7 +78,8 @@ def own(chunked: bool, count: int = NEGATIVES) -> Loss:
             return bce(states, items, targets, negatives)
         positive = (states * F.embedding(targets, items)).sum(-1)
         negative = torch.einsum("pd,pkd->pk", states, F.embedding(negatives, items))
-        return F.softplus(-positive).sum() + F.softplus(negative).sum()
+        prior = -math.log(negative.shape[1])  # the odds of a target among so many
+        return F.softplus(-prior - positive).sum() + F.softplus(prior + negative).sum()
 
     return loss
 

@@ -177,6 +177,7 @@ def _one_sentence(message: str) -> str:
     if not (option and given and wanted):
         return " ".join(message.split())
     readable = [re.sub(r"<class '(\w+)'>", r"\1", want) for want in wanted]
+    readable = [re.sub(r"<class '[\w.]*Sequence'>", "a list such as [1, 4]", w) for w in readable]
     readable = [re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", want) for want in readable]
     return f"--{option[1]} got {given[1]} but takes {' or '.join(readable)}."
 

@@ -55,6 +55,7 @@ from llmrec.models.losses import NEGATIVE_LOSSES
 from llmrec.models.optim import build_optimizer, set_rate
 from llmrec.models.recommender import Batch, Recommender
 from llmrec.models.sharding import refuse_unshardable, shard
+from llmrec.models.user_model import KnownUserModel
 from llmrec.models.user_models import USER_MODELS
 from llmrec.options import as_dict, as_yaml, parse
 from llmrec.progress import progress_bar
@@ -279,6 +280,10 @@ def train(task: Task, encoded: Encoded | None) -> tuple[dict[str, Ranking], dict
             cost[name] += refitted.cost[name]
         model = refitted.model
     assert fitted.validation is not None
+    if isinstance(model.user_model, KnownUserModel):
+        known = model.user_model.known.cpu().numpy()[task.split.test.user]
+        cost["unknown_test_users"] = int((~known).sum())
+        task.console.print(f"  {cost['unknown_test_users']} test users without any training")
     rankings = {"valid": fitted.validation, "test": evaluate(task, model, "test")}
     return rankings, with_encoding(cost, encoded)
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
-from small_runs import journal, mean, refusal, train
+from faults import KILLED, Fault, run
+from small_runs import command, journal, mean, per_user, record, refusal, train
 
 CHAIN, GROUPS, GROUP = 40, 12, 8
 READS_ORDER = ("sasrec", "bert4rec", "gru4rec", "nextitnet")
@@ -66,6 +68,7 @@ def test_a_model_learns_what_goes_together(name, groups, tmp_path):
     assert mean(folder, "HR@1") >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READS_NO_ORDER)
 def test_a_model_without_order_cannot_learn_what_follows_what(name, chain, tmp_path):
     """The control: else the rule would tell nothing of order."""
@@ -77,3 +80,68 @@ def test_an_option_of_another_model_is_refused(tmp_path):
     said = refusal(tmp_path / "run", model__name="gru4rec", model__norm="pre")
     assert "model.norm=pre means nothing to model.name=gru4rec" in said
     assert not (tmp_path / "run").exists()
+
+
+OTHERS = {  # what of two processes must be equal: negatives of both, masks, the graph
+    "bert4rec": "in_batch",
+    "gru4rec": "full_softmax",
+    "nextitnet": "bce",
+    "dssm_history": "sampled_softmax",
+    "dssm": "in_batch",
+    "mf": "bpr",
+    "lightgcn": "in_batch",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_processes_learn_as_one(name, tmp_path, figure):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"model__name": name, "loss__name": OTHERS[name], "model__dropout": 0.0}
+    assert run(command(one, **options))[0] == [0]
+    assert run(command(two, **options), processes=2)[0] == [0, 0]
+    losses = [np.array([entry["loss"] for entry in journal(folder)]) for folder in (one, two)]
+    furthest = float(np.abs(losses[1] / losses[0] - 1).max())
+    figure(f"relative loss difference of two processes, {name}", f"{furthest:.1e}")
+    assert furthest < 1e-5
+    assert per_user(one).equals(per_user(two))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(name, tmp_path):
+    options = {
+        "model__name": name, "loss__name": OTHERS[name], "run__checkpoint_steps": 1,
+        "run__fit_on": "train+valid",
+    }  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(whole, **options)
+    assert run(command(killed, **options), Fault("forward", 6))[0] == [KILLED]  # of 4 an epoch
+    train(killed, **options)
+    for stage in ("fit", "refit"):
+        losses = [[e["loss"] for e in journal(folder, stage)] for folder in (whole, killed)]
+        assert losses[0] == losses[1]
+    assert per_user(whole).equals(per_user(killed))
+    assert record(whole)["cost"]["flops"] == record(killed)["cost"]["flops"]
+
+
+@pytest.mark.parametrize(
+    "name", ["lightgcn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dssm", "mf"))]
+)
+def test_a_user_never_trained_on_does_as_well_as_at_random_and_is_counted(name, tmp_path):
+    """Of 40 users, two begin after the cut: their test cases have all items tied."""
+    rows = ["user_id,item_id,timestamp"]
+    for user in range(40):
+        start = 100 if user < 38 else 950
+        rows += [f"u{user},i{(user + step) % 12},{start + 20 * step + user}" for step in range(8)]
+        rows += [f"u{user},i{(user + 9) % 12},{start + 2000 + user}"]
+    (tmp_path / "late.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    folder = train(
+        tmp_path / "run", data__source=str(tmp_path / "late.csv"), model__name=name,
+        split__method="temporal", data__min_user_interactions=2,
+    )  # fmt: skip
+    late = per_user(folder).filter(pl.col("user_id").is_in(["u38", "u39"]))
+    assert record(folder)["cost"]["unknown_test_users"] == len(late) == 2
+    assert (late["greater"] == 0).all() and (late["equal"] > 2).all()
+    others = per_user(folder).filter(~pl.col("user_id").is_in(["u38", "u39"]))
+    assert (others["equal"] == 0).all()

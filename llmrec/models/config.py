@@ -21,7 +21,10 @@ USED_BY = {
     "l2": ("ease",),
     "recent_share": ("recent_popularity",),
 }
-"""Option -> the models that read it; set for another one it is refused, not ignored."""
+"""Option -> the models that read it; set for another one it is refused, not ignored.
+
+Not so width, blocks, heads, dropout and max_length: a suite sets them once for all of its rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ class UserModelConfig:
                     f"model.{option}={value} means nothing to model.name={self.name}. Leave it "
                     f"out, or use {' or '.join(models)}."
                 )
-        if min(self.width, self.blocks, self.heads, self.max_length) < 1:
-            raise UsageError("model.width, blocks, heads and max_length must be at least 1.")
+        for option in ("width", "blocks", "heads", "max_length"):
+            if getattr(self, option) < 1:
+                raise UsageError(f"model.{option}={getattr(self, option)} must be at least 1.")
         if self.name in TRANSFORMERS and self.width % self.heads:
             raise UsageError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}."
@@ -99,16 +103,22 @@ class UserModelConfig:
                 f"model.positions=rotary turns pairs of numbers, and a head of model.width="
                 f"{self.width} / model.heads={self.heads} has an odd one. Change either."
             )
-        for option in ("dropout", "mask_share", "recent_share"):
-            value = getattr(self, option)
-            lowest_is_fine = option == "dropout"
-            if not (0 <= value < 1 if lowest_is_fine else 0 < value <= 1):
-                span = "[0, 1)" if lowest_is_fine else "(0, 1]"
-                raise UsageError(f"model.{option}={value} must lie in {span}.")
-        if self.kernel < 2 or not self.dilations or min(self.dilations) < 1:
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"model.dropout={self.dropout} must lie in [0, 1).")
+        if not 0 < self.mask_share < 1:
+            raise UsageError(f"model.mask_share={self.mask_share} must lie in (0, 1).")
+        if not 0 < self.recent_share <= 1:
+            raise UsageError(f"model.recent_share={self.recent_share} must lie in (0, 1].")
+        if self.name == "bert4rec" and self.max_length < 2:
             raise UsageError(
-                f"model.kernel={self.kernel} must be at least 2, and model.dilations="
-                f"{list(self.dilations)} whole numbers from 1 on."
+                f"model.max_length={self.max_length} leaves bert4rec nothing to read beside its "
+                "mask. Use 2 or more."
+            )
+        if self.kernel < 2:
+            raise UsageError(f"model.kernel={self.kernel} must be at least 2.")
+        if not self.dilations or min(self.dilations) < 1:
+            raise UsageError(
+                f"model.dilations={list(self.dilations)} must list whole numbers from 1 on."
             )
         if self.neighbours != "all" and self.neighbours < 1:
             raise UsageError(f"model.neighbours={self.neighbours} must be at least 1, or all.")

@@ -41,7 +41,7 @@ class LightGCN(KnownUserModel):
             layer = _Step.apply(layer, self.starts, self.neighbours, self.weights)
             total = total + layer
         mean = total / (self.config.blocks + 1)
-        every_user, items = mean.split([self.user_count, len(vectors)])
+        every_user, items = mean.split([self.users.num_embeddings, len(vectors)])
         return F.embedding(users, every_user), items
 
     def graph_flops(self) -> int:

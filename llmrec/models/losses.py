@@ -51,7 +51,8 @@ class LossConfig:
     step meets on all processes (TCF, MoRec), or, with optim.accumulate, one of its pieces;
     sampled_softmax: cross-entropy over the target and K negatives shared by the step, corrected by
     logQ; bce: binary cross-entropy with K negatives (SASRec); gbce: the same calibrated to few
-    negatives (gSASRec); bpr: the target before each of K negatives (BPR)."""
+    negatives (gSASRec), both from the odds of K negatives on; bpr: the target before each of K
+    negatives (BPR)."""
     positions: Literal["all", "last"] = "all"
     """Of a training row: whether each item is predicted from those before it, or the last one
     alone (CPC)."""

@@ -224,7 +224,8 @@ class Recommender(nn.Module):
         Args:
             histories: (B, L) item ids, left padded.
             item_vectors: as `item_vectors` gives them.
-            users: (B,), users of the training data; None: histories of others.
+            users: (B,), users of the data; None: histories of others. Of a user whom the model
+                knows by ID and never met in training, the vector is 0.
 
         Raises:
             UsageError: The model knows users by ID alone, and there is none.
@@ -240,7 +241,7 @@ class Recommender(nn.Module):
             )
         needed = item_vectors if model.whole_catalogue else item_vectors[:0]
         found: Tensor = model(users, needed)[0]
-        return found
+        return found.masked_fill(~model.known[users, None], 0.0)
 
 
 def matrix_weights(module: nn.Module, other: Collection[nn.Module] = ()) -> int:

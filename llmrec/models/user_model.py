@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from llmrec.data.batches import Objective
@@ -77,18 +78,27 @@ class SequenceModel(nn.Module, ABC):
 
 
 class KnownUserModel(nn.Module, ABC):
-    """Knows a user by ID alone, whatever the history; serves users of its training data only."""
+    """Knows a user by ID alone, whatever the history; serves users of its training data only.
+
+    A user of the data without a training interaction, as a temporal split may have, is nobody to
+    it: all items then score the same, so that such a case does as well as at random.
+    """
 
     objective: ClassVar[Objective] = "user"
     whole_catalogue: ClassVar[bool] = False
     """Whether a user's vector depends on all items', so that a step needs them all."""
+    known: Tensor
+    """(U,) bool, who has a training interaction."""
     candidates: nn.Module
     """What item vectors pass on their way to a score, (M, D) -> (M, D)."""
 
     def __init__(self, config: UserModelConfig, pairs: TrainingPairs) -> None:
         """The options, and the U users there are to know; items are scored as they come."""
         super().__init__()
-        self.config, self.user_count = config, pairs.user_count
+        self.config = config
+        known = torch.zeros(pairs.user_count, dtype=torch.bool)
+        known[torch.from_numpy(pairs.users)] = True
+        self.register_buffer("known", known, persistent=False)
         self.candidates = nn.Identity()
 
     @abstractmethod

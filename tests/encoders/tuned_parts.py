@@ -1,5 +1,6 @@
 """Small recommenders around a language model that learns, and the same step computed plainly."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,9 @@ def plain_loss(model: Recommender, data: Batch) -> torch.Tensor:
             others = [
                 plain_item(model, int(item))[0] @ state for item in data.negatives[row, place]
             ]
-            total = total + F.softplus(-score) + F.softplus(torch.stack(others)).sum()
+            prior = -math.log(len(others))  # the odds of one target among so many
+            total = total + F.softplus(-prior - score)
+            total = total + F.softplus(prior + torch.stack(others)).sum()
             continue
         else:
             correction = np.log(len(shared) / len(TEXTS)) if shared else 0.0

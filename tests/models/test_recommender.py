@@ -52,8 +52,8 @@ def following(items, sampled):
 )
 def test_every_tower_learns_a_small_batch_under_every_loss(tower, combine, loss):
     model, data = recommender(tower, loss, combine), batch()
-    losses = learned(model, data, 60)
-    assert losses[-1] < 0.6 * losses[0]
+    losses = learned(model, data, 40)
+    assert losses[-1] < 0.7 * losses[0]
     assert model.flops > 0
 
 
@@ -81,13 +81,15 @@ def examples_for(name, last_only=False):
     return Batch.of(found, rng.integers(1, ITEMS + 1, (*found.inputs.shape, 2)))
 
 
-@pytest.mark.parametrize("last_only", [False, True])
-@pytest.mark.parametrize("loss", ["full_softmax", "in_batch", "bce", "gbce", "bpr"])
+@pytest.mark.parametrize(
+    ("loss", "last_only"),
+    [("full_softmax", True), *((n, False) for n in ("full_softmax", "in_batch", "gbce", "bpr"))],
+)
 @pytest.mark.parametrize("name", USER_MODELS)
 def test_every_user_model_goes_with_every_loss(name, loss, last_only):
     model, data = recommender("id_text", loss, model=name), examples_for(name, last_only)
-    losses = learned(model, data, 30)
-    assert losses[-1] < 0.8 * losses[0]
+    losses = learned(model, data, 20)
+    assert losses[-1] < 0.85 * losses[0]
     assert all(weight.grad is not None for weight in model.parameters())
     assert model.flops > 0
 
