@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from llmrec.errors import UsageError, nearest
 Config = TypeVar("Config")
 
 
+@functools.cache  # two thirds of what reading a command line takes, and a suite reads dozens
 def parser_for(
     config_class: type[Config], prog: str, description: str
 ) -> jsonargparse.ArgumentParser:
@@ -48,8 +50,7 @@ def parse(
         UsageError: An unknown option (the nearest is named), a wrong value, an unreadable file.
     """
     parser = parser_for(config_class, prog, description)
-    known = {"config", "help", *_names(parser.get_defaults().as_dict())}
-    groups = {name for name in known if _is_group(config_class, name)}
+    known, groups = _known(config_class, prog, description)
     files, rest = _config_files(list(argv))
     for file in files:
         for name in _names(_read_yaml(file)):
@@ -97,6 +98,16 @@ _Dumper.add_implicit_resolver(
     re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+@functools.cache
+def _known(
+    config_class: type[Config], prog: str, description: str
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Dotted names that a command line may have, and those of groups among them."""
+    defaults = parser_for(config_class, prog, description).get_defaults().as_dict()
+    known = frozenset({"config", "help", *_names(defaults)})
+    return known, frozenset(name for name in known if _is_group(config_class, name))
 
 
 def _top(config_class: type) -> set[str]:

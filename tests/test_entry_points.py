@@ -98,10 +98,27 @@ def test_the_installed_command_is_the_same_program() -> None:
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help_and_refuses_an_unknown_option(verb: str) -> None:
-    done = run(sys.executable, "-m", "llmrec", *verb.split(), "--help")
+def test_every_verb_has_help_and_refuses_an_unknown_option(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert left_with([*verb.split(), "--help"]) == 0
+    assert "usage:" in capsys.readouterr().out.lower()
+    assert left_with([*verb.split(), "--no-such-option", "1"]) == 2
+    assert "no-such-option" in capsys.readouterr().err
+
+
+def left_with(words: list[str]) -> int:
+    """The exit code of a command line, as a shell sees it."""
+    try:
+        return cli.main(words)
+    except SystemExit as end:
+        return 0 if end.code is None else int(end.code)
+
+
+def test_a_verb_in_a_process_of_its_own_has_help_and_refuses_an_unknown_option() -> None:
+    done = run(sys.executable, "-m", "llmrec", "train", "--help")
     assert done.returncode == 0 and "usage:" in done.stdout.lower(), done.stderr
-    wrong = run(sys.executable, "-m", "llmrec", *verb.split(), "--no-such-option", "1")
+    wrong = run(sys.executable, "-m", "llmrec", "train", "--no-such-option", "1")
     assert wrong.returncode == 2
     assert "no-such-option" in wrong.stderr and "Traceback" not in wrong.stderr
 

@@ -35,7 +35,7 @@ MISTAKES = {
     "an unknown option": ({"tower__nme": "id"}, ["--tower.nme", "did you mean tower.name?"]),
     "a negative seed": ({"run__seed": -1}, ["run.seed=-1"]),
     "negative weight decay": ({"optim__weight_decay": -1}, ["optim.weight_decay=-1"]),
-    "no heads": ({"model__heads": 0}, ["model.width, blocks, heads"]),
+    "no heads": ({"model__heads": 0}, ["model.heads=0 must be at least 1"]),
     "a control of text without text": ({"tower__control": "shuffled"}, ["tower.name=id does not"]),
     "a group instead of an option": ({"tower": "id"}, ["--tower is a group"]),
     "a wrong type": ({"optim__epochs": "many"}, ["--optim.epochs got many", "int"]),

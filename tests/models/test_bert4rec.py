@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmrec.encoders.tower import TowerConfig, build_tower
+from llmrec.errors import UsageError
 from llmrec.models.bert4rec import BERT4Rec
 from llmrec.models.config import UserModelConfig
 from llmrec.models.losses import LossConfig
@@ -70,12 +71,9 @@ def test_a_history_that_leaves_room_for_the_mask_is_read_whole(model):
 
 
 @torch.no_grad()
-def test_with_one_position_there_is_only_the_mask():
-    model = BERT4Rec(UserModelConfig(name="bert4rec", width=16, max_length=1)).eval()
-    x, real = full(2, 1)
-    states = model.last(x, real)
-    torch.testing.assert_close(states[0], states[1])
-    assert states.shape == (2, 16)
+def test_one_position_would_hold_the_mask_alone():
+    with pytest.raises(UsageError, match=r"model\.max_length=1 leaves bert4rec nothing to read"):
+        UserModelConfig(name="bert4rec", max_length=1)
 
 
 @torch.no_grad()

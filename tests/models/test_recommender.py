@@ -52,8 +52,8 @@ def following(items, sampled):
 )
 def test_every_tower_learns_a_small_batch_under_every_loss(tower, combine, loss):
     model, data = recommender(tower, loss, combine), batch()
-    losses = learned(model, data, 40)
-    assert losses[-1] < 0.7 * losses[0]
+    losses = learned(model, data, 60)
+    assert losses[-1] < 0.6 * losses[0]
     assert model.flops > 0
 
 
