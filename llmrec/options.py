@@ -49,8 +49,9 @@ def parse(
     Raises:
         UsageError: An unknown option (the nearest is named), a wrong value, an unreadable file.
     """
-    parser = parser_for(config_class, prog, description)
-    known, groups = _known(config_class, prog, description)
+    kind: Any = config_class  # mypy takes a class's own __hash__ for its metaclass's
+    parser = parser_for(kind, prog, description)
+    known, groups = _known(kind, prog, description)
     files, rest = _config_files(list(argv))
     for file in files:
         for name in _names(_read_yaml(file)):
@@ -101,9 +102,7 @@ _Dumper.add_implicit_resolver(
 
 
 @functools.cache
-def _known(
-    config_class: type[Config], prog: str, description: str
-) -> tuple[frozenset[str], frozenset[str]]:
+def _known(config_class: Any, prog: str, description: str) -> tuple[frozenset[str], frozenset[str]]:
     """Dotted names that a command line may have, and those of groups among them."""
     defaults = parser_for(config_class, prog, description).get_defaults().as_dict()
     known = frozenset({"config", "help", *_names(defaults)})
