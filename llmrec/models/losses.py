@@ -269,9 +269,9 @@ def _prior(weight: float, negatives: Tensor) -> float:
 
     A model that tells no items apart then begins at its optimum. Else all scores are driven below 0
     first, by a direction that all items and states come to share, and what tells items apart grows
-    late: with 256 negatives on MovieLens 1M (length 50, batches of 64) gbce stood at popularity's
-    NDCG@10 of .021 for six epochs, and has .14 after eight with this. No ranking depends on it
-    otherwise, and with one negative bce has none.
+    late: after six epochs on MovieLens 1M (256 negatives, length 50, batches of 64) gbce stood at
+    popularity's validation NDCG@10, .021, without this and at .134 with it (one seed). A constant
+    moves no ranking, and with one negative bce has none.
     """
     return math.log(weight / negatives.shape[-1])
 
